@@ -1,0 +1,1 @@
+"""Tools that make hub folders of STTS models."""

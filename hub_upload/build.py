@@ -1,0 +1,186 @@
+"""Makes a complete hub folder: weights, configuration, code files, processor, tokenizer and generation config."""
+
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import GenerationConfig, Molmo2Config
+
+from modeling_stts import (
+    Molmo2SttsConfig,
+    Molmo2SttsForConditionalGeneration,
+    Molmo2SttsProcessor,
+    Molmo2SttsVideoProcessor,
+)
+
+from .tiny import tiny_model, tiny_processor
+
+
+TINY = "tiny"
+SOURCE_CONFIGS = {"molmo2": Molmo2Config, "molmo2_stts": Molmo2SttsConfig}
+DTYPES = ("bfloat16", "float16", "float32")
+SCORER_PREFIX = "model.vision_tower.scorer."
+SCORER_SEED = 0
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+logger = logging.getLogger(__name__)
+
+
+def build_hub_folder(
+    out: str | os.PathLike,
+    source: str | os.PathLike = TINY,
+    prune_ratio: float | None = None,
+    method: str | None = None,
+    dtype: str | None = None,
+) -> Path:
+    """
+    Makes a hub folder that loads with `trust_remote_code=True`. The same input gives the same bytes.
+
+    A scorer that the source does not have is initialised from a fixed seed, and a logged warning says so.
+
+    Args:
+        out (`str` or `os.PathLike`): the folder to make. It must not exist, but its parent must.
+        source (`str` or `os.PathLike`, *optional*, defaults to `"tiny"`):
+            A local folder with a Molmo2 checkpoint (weights by native or released names) or with an STTS checkpoint;
+            `"tiny"` is the tiny random model of `hub_upload.tiny` (write `./tiny` for a folder of that name).
+        prune_ratio (`float`, *optional*):
+            Fraction of a video's windows to remove, `0 <= prune_ratio < 1`; the source's or the default if not given.
+        method (`str`, *optional*): what scores windows, see `SttsConfig`; the source's or the default if not given.
+        dtype (`str`, *optional*): `"bfloat16"`, `"float16"` or `"float32"`; the source's if not given.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        FileExistsError: if `out` exists.
+        FileNotFoundError: if the parent of `out`, the source or one of the source's files does not exist.
+        ValueError: if an argument is out of its range or the source is not a whole checkpoint of a supported type.
+    """
+    out = Path(out).absolute()
+    _check_out(out)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {DTYPES}, got {dtype!r}.")
+    given = {"prune_ratio": prune_ratio, "method": method}
+    stts = {name: value for name, value in given.items() if value is not None}
+    if source == TINY:
+        model = tiny_model(**stts)
+        processor = tiny_processor(model.config)
+    else:
+        config = _load_config(Path(source), stts)
+        processor = _load_processor(Path(source))
+        model = _load_model(Path(source), config, dtype)
+    if dtype is not None:
+        model = model.to(getattr(torch, dtype))
+    _write_folder(out, model, processor)
+    return out
+
+
+def _check_out(out: Path) -> None:
+    if os.path.lexists(out):
+        raise FileExistsError(f"{out} exists. The output folder must be a new one; nothing is ever overwritten.")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"The output folder's parent {out.parent} does not exist or is not a folder.")
+
+
+def _model_type(source: Path) -> str:
+    if not source.is_dir():
+        raise FileNotFoundError(f'The source {source} is not an existing folder (nor "{TINY}").')
+    path = source / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{source} has no config.json, so it is not a checkpoint.")
+    try:
+        model_type = json.loads(path.read_bytes())["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a model configuration: no `model_type` can be read from it.") from error
+    if model_type not in SOURCE_CONFIGS:
+        raise ValueError(
+            f"{source} has the unsupported model_type {model_type!r}; supported are {', '.join(SOURCE_CONFIGS)}."
+        )
+    return model_type
+
+
+def _load_config(source: Path, stts: dict) -> Molmo2SttsConfig:
+    config_class = SOURCE_CONFIGS[_model_type(source)]
+    try:
+        fields = config_class.from_pretrained(source).to_dict()
+    except StrictDataclassError as error:
+        raise ValueError(f"{source / 'config.json'} has a field of the wrong type: {error}") from error
+    for name in ("model_type", "architectures", "auto_map", "custom_pipelines"):
+        fields.pop(name, None)
+    fields["stts_config"] = {**fields.get("stts_config", {}), **stts}
+    return Molmo2SttsConfig(**fields)
+
+
+def _load_processor(source: Path) -> Molmo2SttsProcessor:
+    if not (source / "tokenizer_config.json").is_file():
+        raise FileNotFoundError(f"{source} has no tokenizer_config.json, so its tokenizer cannot be loaded.")
+    if not any((source / name).is_file() for name in PROCESSOR_FILES):
+        raise FileNotFoundError(f"{source} has no processor files; one of {', '.join(PROCESSOR_FILES)} must exist.")
+    try:
+        processor = Molmo2SttsProcessor.from_pretrained(source, trust_remote_code=False)
+        processor.video_processor = Molmo2SttsVideoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The processor of {source} cannot be loaded: {error}") from error
+    if processor.chat_template is None and processor.tokenizer.chat_template is None:
+        raise ValueError(f"{source} has no chat template (chat_template.jinja).")
+    # The released checkpoints point at code files of their own, which are not in our folder.
+    for settings in (vars(processor), vars(processor.image_processor), vars(processor.video_processor)):
+        settings.pop("auto_map", None)
+    processor.tokenizer.init_kwargs.pop("auto_map", None)
+    return processor
+
+
+def _load_model(source: Path, config: Molmo2SttsConfig, dtype: str | None) -> Molmo2SttsForConditionalGeneration:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SCORER_SEED)
+        try:
+            model, info = Molmo2SttsForConditionalGeneration.from_pretrained(
+                source, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        except SafetensorError as error:
+            raise ValueError(f"The weights of {source} cannot be read: {error}") from error
+    # `from_pretrained` replaces one that it cannot read by the default, without a word.
+    if (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    _check_weights(source, {name for name in model.state_dict() if name.startswith(SCORER_PREFIX)}, info)
+    return model
+
+
+def _check_weights(source: Path, scorer: set[str], info: dict) -> None:
+    missing = set(info["missing_keys"])
+    has_no_scorer = _model_type(source) == "molmo2" and missing >= scorer
+    _check_keys(source, "misses", missing - scorer if has_no_scorer else missing)
+    _check_keys(source, "has unexpected", set(info["unexpected_keys"]))
+    _check_keys(source, "has wrongly shaped", {key[0] for key in info["mismatched_keys"]})
+    if has_no_scorer:
+        logger.warning(
+            "Freshly initialised from seed %d: the %d parameters under `%s`, because %s has no scorer.",
+            SCORER_SEED,
+            len(scorer),
+            SCORER_PREFIX,
+            source,
+        )
+
+
+def _check_keys(source: Path, problem: str, keys: set[str]) -> None:
+    if keys:
+        shown = ", ".join(sorted(keys)[:5]) + (", ..." if len(keys) > 5 else "")
+        raise ValueError(f"{source} {problem} weights; every weight of the model must fit. {len(keys)}: {shown}")
+
+
+def _write_folder(out: Path, model: Molmo2SttsForConditionalGeneration, processor: Molmo2SttsProcessor) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        # A folder inside the temporary one, which only its owner may read.
+        folder = Path(scratch) / "folder"
+        # Both copy the code files that their classes reach, which are all of them.
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        os.rename(folder, out)
+
+
+__all__ = ["build_hub_folder"]

@@ -1,0 +1,57 @@
+"""Configuration of Molmo2 with STTS pruning."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import Molmo2Config, PreTrainedConfig
+
+from .configuration_stts import SttsConfig
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_molmo2_stts.Molmo2SttsConfig",
+    "AutoModel": "modeling_molmo2_stts.Molmo2SttsModel",
+    "AutoModelForImageTextToText": "modeling_molmo2_stts.Molmo2SttsForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_molmo2_stts.Molmo2SttsForConditionalGeneration",
+    "AutoProcessor": "processing_molmo2_stts.Molmo2SttsProcessor",
+    "AutoVideoProcessor": "video_processing_molmo2_stts.Molmo2SttsVideoProcessor",
+}
+CUSTOM_PIPELINES = {
+    "video-text-to-text": {
+        "impl": "pipeline_stts.VideoTextToTextPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+}
+
+
+@strict
+class Molmo2SttsConfig(Molmo2Config):
+    r"""
+    Differences from `Molmo2Config`:
+    - `stts_config` (`SttsConfig`, *optional*): how videos are pruned.
+    - `auto_map` and `custom_pipelines` always name this package's own files, so that every saved configuration makes
+      its folder loadable with `trust_remote_code=True`.
+    """
+
+    model_type = "molmo2_stts"
+    _auto_class = "AutoConfig"
+    keys_to_ignore_at_inference = ["past_key_values", "temporal_loss", "kept_token_idx", "image_hidden_states"]
+    sub_configs_defaults = {**Molmo2Config.sub_configs_defaults, "stts_config": SttsConfig}
+
+    # Set where the package registers its pipeline: `pipeline()` asks for `trust_remote_code` if it finds a custom one.
+    pipeline_is_registered = False
+
+    stts_config: dict | PreTrainedConfig | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+        pipelines = {} if self.pipeline_is_registered else CUSTOM_PIPELINES
+        self.custom_pipelines = {task: dict(info) for task, info in pipelines.items()}
+        self.stts_config.check_num_layers(self.vision_config.num_hidden_layers)
+
+    def to_dict(self):
+        # `pipeline()` puts classes into the loaded `custom_pipelines`, and classes cannot be written as JSON.
+        return {**super().to_dict(), "auto_map": dict(AUTO_MAP), "custom_pipelines": CUSTOM_PIPELINES}
+
+
+__all__ = ["Molmo2SttsConfig"]

@@ -1,0 +1,737 @@
+"""Molmo2 with STTS: the tokens of a video are pruned inside the ViT, and so in the language model too."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
+from transformers.models.molmo2.modeling_molmo2 import (
+    Molmo2Adapter,
+    Molmo2CausalLMOutputWithPast,
+    Molmo2ForConditionalGeneration,
+    Molmo2Model,
+    Molmo2ModelOutputWithPast,
+    Molmo2PreTrainedModel,
+    Molmo2TextModel,
+    Molmo2VisionAttention,
+    Molmo2VisionEncoderLayer,
+    Molmo2VisionMLP,
+    Molmo2VisionModel,
+    repeat_kv,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested
+
+from .configuration_molmo2_stts import Molmo2SttsConfig
+from .configuration_stts import SttsConfig, check_prune_ratio
+from .stts_attention import attend_in_segments, attend_with_mask, can_attend_in_segments, score_to_key_bias
+from .stts_generation import SttsGenerationMixin, remember_cut, remembered_cut
+from .stts_loss import neighbor_similarity, temporal_loss
+from .stts_packing import pack_windows
+from .stts_prompt import PromptCut, cut_prompt
+from .stts_scorer import SttsScorer
+from .stts_selection import PrunePlan, kept_window_idx, plan_pruning, random_scores, select_windows
+
+
+if TYPE_CHECKING:
+    # `save_pretrained` copies the files that this one imports; these two belong into the folder as well.
+    from .pipeline_stts import VideoTextToTextPipeline  # noqa: F401
+    from .processing_molmo2_stts import Molmo2SttsProcessor  # noqa: F401
+
+
+# Names of the scorer in checkpoints of the reference, as they are after the renaming rules of `molmo2`.
+_REFERENCE_SCORER = r"vision_tower\.transformer\.temporal_token_scorer\."
+_SCORER_RENAMING = [
+    WeightRenaming(
+        source_patterns=_REFERENCE_SCORER + reference.replace(".", r"\."),
+        target_patterns="vision_tower.scorer." + name,
+    )
+    for reference, name in {
+        "patch_token_pooler.wq": "window_pooler.q_proj",
+        "patch_token_pooler.wk": "window_pooler.k_proj",
+        "patch_token_pooler.wv": "window_pooler.v_proj",
+        "patch_token_pooler.wo": "window_pooler.o_proj",
+        "mlp.w1": "mlp.fc1",
+        "mlp.w2": "mlp.fc2",
+        "mlp.w3": "mlp.fc3",
+    }.items()
+]
+register_checkpoint_conversion_mapping(
+    "molmo2_stts", get_checkpoint_conversion_mapping("molmo2") + _SCORER_RENAMING, overwrite=True
+)
+
+
+@dataclass
+class Molmo2SttsVisionOutput(ModelOutput):
+    """
+    What the ViT returns for pruned videos.
+
+    window_features (`torch.Tensor` of shape `(num_kept, num_patches, hidden_size * num_feature_layers)`):
+        Patches of the kept windows of all videos, in order.
+    keep_masks (`tuple[torch.Tensor]` of shape `(num_frames, num_windows)`, int64): 1 = kept, for each video.
+    scores (`tuple[torch.Tensor]` of shape `(num_frames, num_windows)`, float32): for each video.
+    temporal_loss (`torch.Tensor`, *optional*): scalar without weight, in training with the learned scorer.
+    """
+
+    window_features: torch.Tensor | None = None
+    keep_masks: tuple[torch.Tensor, ...] | None = None
+    scores: tuple[torch.Tensor, ...] | None = None
+    temporal_loss: torch.Tensor | None = None
+
+
+@dataclass
+class Molmo2SttsVideoFeatures(BaseModelOutputWithPooling):
+    """
+    What `get_video_features` returns. `pooler_output` is a tuple with the kept features of each video, of shape
+    `(num_kept, hidden_size)`, in the order of frames and of windows in a frame.
+
+    keep_masks (`tuple[torch.Tensor]` of shape `(num_frames, num_windows)`, int64): 1 = kept, for each video.
+    scores (`tuple[torch.Tensor]` of shape `(num_frames, num_windows)`, float32, *optional*):
+        For each video; `None` where nothing is pruned.
+    temporal_loss (`torch.Tensor`, *optional*): scalar without weight, in training with the learned scorer.
+    num_pruned (`int`): windows removed from all videos together.
+    """
+
+    keep_masks: tuple[torch.Tensor, ...] | None = None
+    scores: tuple[torch.Tensor, ...] | None = None
+    temporal_loss: torch.Tensor | None = None
+    num_pruned: int | None = None
+
+
+@dataclass
+class Molmo2SttsModelOutputWithPast(Molmo2ModelOutputWithPast):
+    """
+    kept_token_idx (`torch.Tensor` of shape `(batch_size, cut_length)`, int64, *optional*):
+        Where each token of the cut sequence stood in the prompt, -1 for padding; `None` where nothing was cut.
+    temporal_loss (`torch.Tensor`, *optional*): scalar without weight, in training.
+    """
+
+    kept_token_idx: torch.Tensor | None = None
+    temporal_loss: torch.Tensor | None = None
+
+
+@dataclass
+class Molmo2SttsCausalLMOutputWithPast(Molmo2CausalLMOutputWithPast):
+    """
+    kept_token_idx (`torch.Tensor` of shape `(batch_size, cut_length)`, int64, *optional*):
+        Where each token of the cut sequence stood in the prompt, -1 for padding; `None` where nothing was cut.
+    labels (`torch.Tensor` of shape `(batch_size, cut_length)`, *optional*):
+        The labels cut like the logits; `None` where nothing was cut.
+    temporal_loss (`torch.Tensor`, *optional*): scalar without weight, in training.
+    """
+
+    kept_token_idx: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    temporal_loss: torch.Tensor | None = None
+
+
+class Molmo2SttsVisionAttention(Molmo2VisionAttention):
+    """
+    Differences from `Molmo2VisionAttention`:
+    - with `attention_mask` or `cu_seqlens`, attention runs by torch's own kernels whatever implementation is set,
+      because flash attention has no mask and none of the others has segments;
+    - attention weights are not returned then.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if attention_mask is None and cu_seqlens is None:
+            return super().forward(hidden_states, encoder_hidden_states, **kwargs)
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        key, value = (repeat_kv(states, self.num_key_value_groups) for states in (key, value))
+        if cu_seqlens is not None:
+            output = attend_in_segments(query, key, value, cu_seqlens, max_seqlen)
+        else:
+            output = attend_with_mask(query, key, value, attention_mask)
+        return self.o_proj(output.transpose(1, 2).flatten(2)), None
+
+
+class Molmo2SttsVisionEncoderLayer(Molmo2VisionEncoderLayer):
+    """
+    Differences from `Molmo2VisionEncoderLayer`: its attention is a `Molmo2SttsVisionAttention`.
+    """
+
+    def __init__(self, config):
+        super(Molmo2VisionEncoderLayer, self).__init__()
+        self.embed_dim = config.hidden_size
+        self.layer_norm1 = nn.LayerNorm(self.embed_dim, eps=config.layer_norm_eps)
+        self.self_attn = Molmo2SttsVisionAttention(config)
+        self.layer_norm2 = nn.LayerNorm(self.embed_dim, eps=config.layer_norm_eps)
+        self.mlp = Molmo2VisionMLP(config)
+
+
+class Molmo2SttsVisionModel(Molmo2VisionModel):
+    """
+    Differences from `Molmo2VisionModel`:
+    - has a `scorer`;
+    - with a `PrunePlan`, patches stand in window order, the blocks after the biased one run on kept patches only, and
+      the blocks after the last feature layer do not run at all.
+    """
+
+    _no_split_modules = ["Molmo2SttsVisionEncoderLayer", "SttsScorer"]
+
+    def __init__(self, config, stts_config: SttsConfig):
+        Molmo2PreTrainedModel.__init__(self, config)
+        self.stts_config = stts_config
+        self.positional_embedding = nn.Parameter(torch.zeros(config.num_position_embeddings, config.hidden_size))
+        self.patch_embedding = nn.Linear(
+            config.patch_size * config.patch_size * config.num_channels, config.hidden_size
+        )
+        self.layers = nn.ModuleList([Molmo2SttsVisionEncoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.scorer = SttsScorer(
+            config.hidden_size, config.num_attention_heads, config.head_dim, config.intermediate_size
+        )
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, SttsScorer):
+            for linear in (module.mlp.fc1, module.mlp.fc2, module.mlp.fc3):
+                init.trunc_normal_(linear.weight, std=linear.in_features**-0.5)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        plan: PrunePlan | None = None,
+        video_token_pooling: torch.Tensor | None = None,
+        feature_layers: list[int] | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling | Molmo2SttsVisionOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_frames, num_patches, patch_size * patch_size * 3)`).
+            plan (`PrunePlan`, *optional*): how many windows of each video go; without it nothing is pruned.
+            video_token_pooling (`torch.Tensor` of shape `(num_frames * num_windows, patches_per_window)`, int64):
+                The patches of each window, into all patches. No -1 in it.
+            feature_layers (`list[int]`): 0-based blocks whose outputs are returned for the kept windows.
+        """
+        if plan is None:
+            return super().forward(pixel_values, **kwargs)
+        stts, patches_per_window = self.stts_config, video_token_pooling.shape[1]
+        biased_layer, last_layer = stts.score_after_layer + 1, max(feature_layers)
+        features = dict.fromkeys(feature_layers)
+
+        hidden_states = self._embed_windows(pixel_values, video_token_pooling)
+        hidden_states = self._run(0, biased_layer - 1, hidden_states, features)
+        windows = hidden_states.unflatten(1, (plan.num_windows, patches_per_window)).split(plan.num_frames)
+        scores = self._score(windows)
+        keep_masks = [select_windows(video_scores, count) for video_scores, count in zip(scores, plan.num_pruned)]
+        key_bias = self._key_bias(scores, plan, patches_per_window)
+        hidden_states = self._run(biased_layer, biased_layer, hidden_states, features, key_bias)
+
+        keep_mask, num_kept = torch.cat(keep_masks), sum(plan.num_kept)
+        in_segments = can_attend_in_segments(hidden_states)
+        packing = pack_windows(keep_mask, num_kept, patches_per_window, stts.refill, in_segments)
+        self._run(
+            biased_layer + 1,
+            last_layer,
+            packing.pack(hidden_states.reshape(-1, patches_per_window, hidden_states.shape[-1])),
+            features,
+            packing.attention_mask,
+            cu_seqlens=packing.cu_seqlens,
+            max_seqlen=hidden_states.shape[1],
+        )
+        kept_features = [
+            packing.unpack(features[layer], patches_per_window)
+            if layer > biased_layer
+            else _kept_windows(features[layer], keep_mask, num_kept, patches_per_window)
+            for layer in feature_layers
+        ]
+        return Molmo2SttsVisionOutput(
+            window_features=torch.cat([kept.to(features[last_layer].device) for kept in kept_features], dim=-1),
+            keep_masks=tuple(mask.long() for mask in keep_masks),
+            scores=tuple(scores),
+            temporal_loss=self._temporal_loss(scores, windows, plan),
+        )
+
+    def idle_scorer_loss(self) -> torch.Tensor:
+        """A zero that the scorer took part in: distributed training waits for it in every batch."""
+        return 0.0 * self.scorer(self.positional_embedding.new_zeros(1, 1, 1, self.config.hidden_size)).sum()
+
+    def _embed_windows(self, pixel_values: torch.Tensor, video_token_pooling: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.patch_embedding(pixel_values.to(dtype=self.dtype))
+        hidden_states = hidden_states + self.positional_embedding[None].to(hidden_states)
+        in_window_order = hidden_states.flatten(0, 1)[video_token_pooling.flatten().to(hidden_states.device)]
+        return in_window_order.view_as(hidden_states)
+
+    def _run(
+        self,
+        first: int,
+        last: int,
+        hidden_states: torch.Tensor,
+        features: dict[int, torch.Tensor | None],
+        attention_mask: torch.Tensor | None = None,
+        **attention,
+    ) -> torch.Tensor:
+        """Runs the blocks `first` to `last`; puts the outputs of those that `features` names there."""
+        for layer in range(first, last + 1):
+            # The mask is positional, because checkpointed blocks give gradients to positional arguments only.
+            hidden_states = self.layers[layer](hidden_states, attention_mask, **attention)
+            if layer in features:
+                features[layer] = hidden_states
+        return hidden_states
+
+    def _score(self, windows: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        method = self.stts_config.method
+        if method == "scorer":
+            return [self.scorer(video) for video in windows]
+        if method == "random":
+            seed = self.stts_config.seed
+            return [random_scores(*video.shape[:2], seed).to(video.device) for video in windows]
+        return [F.pad(1 - neighbor_similarity(video.detach()), (0, 0, 1, 0), value=1.0) for video in windows]
+
+    def _key_bias(self, scores: list[torch.Tensor], plan: PrunePlan, patches_per_window: int) -> torch.Tensor | None:
+        """Biases of shape `(num_frames, 1, 1, num_patches)`; videos of which nothing is pruned get zeros."""
+        if self.stts_config.method != "scorer":
+            return None
+        biases = [
+            score_to_key_bias(video.unflatten(1, (plan.num_rows, plan.num_cols)), self.stts_config.bias_floor).flatten(
+                1
+            )
+            if num_pruned > 0
+            else torch.zeros_like(video)
+            for video, num_pruned in zip(scores, plan.num_pruned)
+        ]
+        return torch.cat(biases).repeat_interleave(patches_per_window, dim=1)[:, None, None]
+
+    def _temporal_loss(
+        self, scores: list[torch.Tensor], windows: tuple[torch.Tensor, ...], plan: PrunePlan
+    ) -> torch.Tensor | None:
+        if not self.training or self.stts_config.method != "scorer":
+            return None
+        pruned = [video for video, num_pruned in enumerate(plan.num_pruned) if num_pruned > 0]
+        return temporal_loss([scores[video] for video in pruned], [windows[video] for video in pruned])
+
+
+def _kept_windows(
+    hidden_states: torch.Tensor, keep_mask: torch.Tensor, num_kept: int, patches_per_window: int
+) -> torch.Tensor:
+    windows = hidden_states.reshape(-1, patches_per_window, hidden_states.shape[-1])
+    return windows[kept_window_idx(keep_mask, num_kept).to(windows.device)]
+
+
+class Molmo2SttsAdapter(Molmo2Adapter):
+    """
+    Differences from `Molmo2Adapter`: without `pooled_patches_idx`, `image_features` stand in windows already.
+    """
+
+    def forward(
+        self, image_features: torch.Tensor, pooled_patches_idx: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutput:
+        """
+        Args:
+            image_features (`torch.Tensor` of shape `(num_windows, patches_per_window, hidden_size * num_layers)`).
+
+        Returns:
+            `BaseModelOutput` whose `last_hidden_state` has shape `(num_windows, text_hidden_size)`.
+        """
+        if pooled_patches_idx is not None:
+            return super().forward(image_features, pooled_patches_idx, **kwargs)
+        query = image_features.mean(1, keepdim=True)
+        pooled_features, _ = self.image_pooling_2d(query, image_features, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.image_projector(pooled_features.squeeze(1)))
+
+
+class Molmo2SttsModel(Molmo2Model):
+    """
+    Differences from `Molmo2Model`:
+    - videos are pruned: `get_video_features` returns the kept features, and `forward` cuts the prompt to them;
+    - `prune_ratio` overrides the configuration's for one call.
+    """
+
+    config: Molmo2SttsConfig
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: Molmo2SttsConfig):
+        Molmo2PreTrainedModel.__init__(self, config)
+        self.vision_tower = Molmo2SttsVisionModel(config.vision_config, config.stts_config)
+        self.multi_modal_projector = Molmo2SttsAdapter(config.adapter_config)
+        self.language_model = Molmo2TextModel(config.text_config)
+        self.post_init()
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_token_pooling: torch.Tensor,
+        video_grids: torch.Tensor,
+        prune_ratio: float | None = None,
+        **kwargs,
+    ) -> tuple | Molmo2SttsVideoFeatures:
+        """
+        Encodes videos and keeps the windows with the highest scores.
+
+        Args:
+            pixel_values_videos (`torch.Tensor` of shape `(num_frames, num_patches, patch_size * patch_size * 3)`):
+                Frames of all videos, one after the other.
+            video_token_pooling (`torch.Tensor` of shape `(num_windows, patches_per_window)`, int64):
+                The patches of each window, into the patches of all frames.
+            video_grids (`torch.Tensor` of shape `(num_videos, 3)`, int64): frames, rows and columns of windows.
+            prune_ratio (`float`, *optional*): fraction of windows to remove; the configuration's by default.
+
+        Raises:
+            ValueError: if the ratio is out of range, or the inputs do not describe the same frames and windows.
+        """
+        ratio = check_prune_ratio(self.config.stts_config.prune_ratio if prune_ratio is None else prune_ratio)
+        plan = plan_pruning(video_grids.tolist(), ratio, self.config.stts_config.prune_from_frame)
+        _check_windows(plan, pixel_values_videos, video_token_pooling)
+        if sum(plan.num_pruned) == 0:
+            native = super().get_video_features(pixel_values_videos, video_token_pooling, video_grids, **kwargs)
+            shapes = [(num_frames, plan.num_windows) for num_frames in plan.num_frames]
+            keep_masks = tuple(torch.ones(shape, dtype=torch.long, device=self.device) for shape in shapes)
+            return Molmo2SttsVideoFeatures(**native, keep_masks=keep_masks, num_pruned=0)
+        num_layers = self.config.vision_config.num_hidden_layers
+        vision = self.vision_tower(
+            pixel_values_videos,
+            plan=plan,
+            video_token_pooling=video_token_pooling,
+            feature_layers=[layer % num_layers for layer in self.config.adapter_config.vision_feature_layer],
+        )
+        features = self.multi_modal_projector(vision.window_features).last_hidden_state
+        return Molmo2SttsVideoFeatures(
+            pooler_output=features.split(plan.num_kept),
+            keep_masks=vision.keep_masks,
+            scores=vision.scores,
+            temporal_loss=vision.temporal_loss,
+            num_pruned=sum(plan.num_pruned),
+        )
+
+    def get_video_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Where the tokens of videos stand.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*).
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Looked at where there are no ids.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, sequence_length)`, bool.
+        """
+        if input_ids is not None:
+            return input_ids == self.config.video_token_id
+        token_id = torch.tensor(self.config.video_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
+
+    def cut_inputs(
+        self,
+        keep_masks: tuple[torch.Tensor, ...],
+        inputs: dict[str, Any],
+        default_position_ids: torch.Tensor,
+        num_untouched: int = 0,
+    ) -> tuple[dict[str, Any], PromptCut]:
+        """
+        Cuts the prompts of a batch to the kept tokens of their videos.
+
+        Args:
+            keep_masks (`tuple[torch.Tensor]` of shape `(num_frames, num_windows)`): see `get_video_features`.
+            inputs (`dict`): `input_ids` or `inputs_embeds`, `attention_mask` of shape `(batch_size, sequence_length)`,
+                and optionally `position_ids`, `mm_token_type_ids` and `labels`. Others are ignored.
+            default_position_ids (`torch.Tensor` that broadcasts to `(batch_size, sequence_length)`):
+                Positions of the uncut prompt where none are given.
+            num_untouched (`int`): leading columns that stay as they are (a cache already holds them).
+
+        Returns:
+            `tuple[dict, PromptCut]`: the cut inputs by name, without positions where they are to be compact.
+
+        Raises:
+            ValueError: if the prompt does not fit the videos, the positions or the attention implementation.
+        """
+        input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        attention_mask, shape = (
+            inputs["attention_mask"],
+            (input_ids if inputs_embeds is None else inputs_embeds).shape[:2],
+        )
+        if attention_mask.shape != shape:
+            raise ValueError(
+                f"Pruning cuts the attention mask with the prompt, so it must have the prompt's shape {tuple(shape)}, "
+                f"got {tuple(attention_mask.shape)}."
+            )
+        keep = torch.cat([mask.flatten() for mask in keep_masks]).bool()
+        placeholder_mask = self.get_video_placeholder_mask(input_ids, inputs_embeds)
+        cut = cut_prompt(placeholder_mask, keep, attention_mask, num_untouched)
+        position_ids = self._positions(inputs.get("position_ids"), default_position_ids, cut)
+        pad_token_id = getattr(self.config.get_text_config(), "pad_token_id", None) or 0
+        paddings = {"input_ids": pad_token_id, "inputs_embeds": 0.0, "mm_token_type_ids": 0, "labels": -100}
+        cut_inputs = {
+            name: cut.take(inputs[name], padding) for name, padding in paddings.items() if inputs.get(name) is not None
+        }
+        cut_inputs["attention_mask"] = cut.take(attention_mask, 0)
+        return cut_inputs | {"position_ids": position_ids}, cut
+
+    def _positions(self, given: torch.Tensor | None, default: torch.Tensor, cut: PromptCut) -> torch.Tensor | None:
+        """Positions of the kept tokens; `None` where the native model is to count them itself."""
+        is_original = self.config.stts_config.position_ids == "original"
+        max_length = self.config.get_text_config().max_position_embeddings
+        length = default.shape[-1] if is_original else cut.cut_length
+        if length > max_length:
+            raise ValueError(
+                f"The prompt takes {length} positions with `stts_config.position_ids`="
+                f"{self.config.stts_config.position_ids!r}, but the language model has `max_position_embeddings`="
+                f"{max_length}. Sample fewer frames (`num_frames`), use a higher `prune_ratio` or "
+                f'`stts_config.position_ids="compact"` ({cut.cut_length} positions at this ratio).'
+            )
+        if not is_original:
+            if given is not None:
+                raise ValueError('`position_ids` cannot be given with `stts_config.position_ids`="compact".')
+            return None
+        if is_flash_attention_requested(self.config.get_text_config()):
+            raise ValueError(
+                "Flash attention reads positions with gaps as several packed sequences. Use "
+                '`stts_config.position_ids`="compact", or another implementation for the language model: '
+                '`attn_implementation={"text_config": "sdpa", "vision_config": "flash_attention_2"}`.'
+            )
+        return cut.take((default if given is None else given).expand_as(cut.attention_mask), 0)
+
+    def prune_inputs(
+        self, prune_ratio: float | None, **inputs
+    ) -> tuple[dict[str, Any], Molmo2SttsVideoFeatures | None, PromptCut | None]:
+        """
+        Replaces a raw video in the arguments of `forward` by its kept features and cuts the rest to them. Arguments
+        that the native model refuses are left for it to refuse.
+        """
+        refused = inputs["pixel_values"] is not None or inputs["mm_encoder_outputs"] is not None
+        if inputs["pixel_values_videos"] is None or refused:
+            return inputs | {"position_ids": self._positions_after_cut(inputs)}, None, None
+        names = ("pixel_values_videos", "video_token_pooling", "video_grids")
+        video = self.get_video_features(*(inputs[name] for name in names), prune_ratio, return_dict=True)
+        inputs = inputs | dict.fromkeys(names) | {"mm_encoder_outputs": {"video": video}}
+        if video.num_pruned == 0:
+            return inputs, video, None
+        cache = inputs["past_key_values"]
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError("A raw video cannot be given with a filled cache. Use `generate`, or drop the cache.")
+        prompt = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
+        if inputs["attention_mask"] is None:
+            inputs["attention_mask"] = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+        default_position_ids = torch.arange(prompt.shape[1], device=prompt.device)[None]
+        cut_inputs, cut = self.cut_inputs(video.keep_masks, inputs, default_position_ids)
+        return inputs | cut_inputs, video, cut
+
+    def _positions_after_cut(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """Positions that go on after an uncut prompt, where the caller decodes with its cache and gives none."""
+        earlier = remembered_cut(inputs["past_key_values"])
+        is_original = self.config.stts_config.position_ids == "original"
+        if earlier is None or not is_original or inputs["position_ids"] is not None:
+            return inputs["position_ids"]
+        tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
+        first = inputs["past_key_values"].get_seq_length() + earlier.num_removed
+        return torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_token_pooling: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        image_num_crops: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_token_pooling: torch.Tensor | None = None,
+        video_grids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        prune_ratio: float | None = None,
+        **kwargs,
+    ) -> tuple | Molmo2SttsModelOutputWithPast:
+        """
+        As the native model, on a prompt that is cut to the kept tokens.
+
+        Args:
+            prune_ratio (`float`, *optional*): fraction of windows to remove; the configuration's by default.
+
+        Raises:
+            ValueError: if the ratio is out of range, or the prompt does not fit its videos or the positions.
+        """
+        inputs, video, cut = self.prune_inputs(
+            prune_ratio,
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_token_pooling=image_token_pooling,
+            image_grids=image_grids,
+            image_num_crops=image_num_crops,
+            pixel_values_videos=pixel_values_videos,
+            video_token_pooling=video_token_pooling,
+            video_grids=video_grids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            mm_token_type_ids=mm_token_type_ids,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+        )
+        outputs = super().forward(**inputs, use_cache=use_cache, return_dict=True, **kwargs)
+        remember_cut(outputs.past_key_values, cut)
+        return Molmo2SttsModelOutputWithPast(
+            **outputs,
+            kept_token_idx=None if cut is None else cut.kept_token_idx,
+            temporal_loss=None if video is None else video.temporal_loss,
+        )
+
+
+def _check_windows(plan: PrunePlan, pixel_values_videos: torch.Tensor, video_token_pooling: torch.Tensor) -> None:
+    num_frames, num_patches = pixel_values_videos.shape[:2]
+    num_windows, patches_per_window = video_token_pooling.shape
+    if num_frames != sum(plan.num_frames) or num_windows != num_frames * plan.num_windows:
+        raise ValueError(
+            f"`video_grids` describes {sum(plan.num_frames)} frames of {plan.num_windows} windows, but "
+            f"`pixel_values_videos` has {num_frames} frames and `video_token_pooling` {num_windows} windows."
+        )
+    if sum(plan.num_pruned) > 0 and plan.num_windows * patches_per_window != num_patches:
+        raise ValueError(
+            f"Pruning needs windows that cover a frame exactly, but {plan.num_windows} windows of "
+            f"{patches_per_window} patches are not {num_patches} patches. Use a frame size that is a multiple of the "
+            "window size, or `prune_ratio=0`."
+        )
+
+
+class Molmo2SttsForConditionalGeneration(SttsGenerationMixin, Molmo2ForConditionalGeneration):
+    """
+    Differences from `Molmo2ForConditionalGeneration`:
+    - videos are pruned, in `forward` and in `generate` (`SttsGenerationMixin`); `prune_ratio` overrides the
+      configuration's for one call;
+    - in training the temporal loss is added to the loss.
+    """
+
+    config: Molmo2SttsConfig
+    _auto_class = "AutoModelForImageTextToText"
+
+    def __init__(self, config: Molmo2SttsConfig):
+        Molmo2PreTrainedModel.__init__(self, config)
+        self.model = Molmo2SttsModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.vocab_size = config.text_config.vocab_size
+        self.post_init()
+
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_token_pooling: torch.Tensor,
+        video_grids: torch.Tensor,
+        prune_ratio: float | None = None,
+        **kwargs,
+    ) -> tuple | Molmo2SttsVideoFeatures:
+        """See `Molmo2SttsModel.get_video_features`."""
+        return self.model.get_video_features(
+            pixel_values_videos, video_token_pooling, video_grids, prune_ratio, **kwargs
+        )
+
+    def get_video_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `Molmo2SttsModel.get_video_placeholder_mask`."""
+        return self.model.get_video_placeholder_mask(input_ids, inputs_embeds)
+
+    def cut_inputs(self, *args, **kwargs) -> tuple[dict[str, Any], PromptCut]:
+        """See `Molmo2SttsModel.cut_inputs`."""
+        return self.model.cut_inputs(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_token_pooling: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        image_num_crops: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_token_pooling: torch.Tensor | None = None,
+        video_grids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        prune_ratio: float | None = None,
+        **kwargs,
+    ) -> tuple | Molmo2SttsCausalLMOutputWithPast:
+        """
+        As the native model, on a prompt that is cut to the kept tokens: `logits`, `logits_to_keep` and the returned
+        `labels` are in terms of the cut sequence, and `kept_token_idx` leads back to the prompt.
+
+        Args:
+            prune_ratio (`float`, *optional*): fraction of windows to remove; the configuration's by default.
+
+        Raises:
+            ValueError: if the ratio is out of range, or the prompt does not fit its videos or the positions.
+        """
+        inputs, video, cut = self.model.prune_inputs(
+            prune_ratio,
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_token_pooling=image_token_pooling,
+            image_grids=image_grids,
+            image_num_crops=image_num_crops,
+            pixel_values_videos=pixel_values_videos,
+            video_token_pooling=video_token_pooling,
+            video_grids=video_grids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            mm_token_type_ids=mm_token_type_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            mm_encoder_outputs=mm_encoder_outputs,
+        )
+        outputs = super().forward(
+            **inputs, use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=True, **kwargs
+        )
+        remember_cut(outputs.past_key_values, cut)
+        outputs = Molmo2SttsCausalLMOutputWithPast(
+            **outputs,
+            kept_token_idx=None if cut is None else cut.kept_token_idx,
+            labels=None if cut is None else inputs["labels"],
+            temporal_loss=None if video is None else video.temporal_loss,
+        )
+        if self.training and outputs.temporal_loss is None:
+            outputs.temporal_loss = self.model.vision_tower.idle_scorer_loss()
+        if outputs.loss is not None and outputs.temporal_loss is not None:
+            weight = self.config.stts_config.temporal_loss_weight
+            outputs.loss = outputs.loss + weight * outputs.temporal_loss.to(outputs.loss)
+        return outputs
+
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, use_cache=True, is_first_iteration=False, **kwargs
+    ):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if model_inputs.get("attention_mask") is None and model_inputs.get("past_key_values") is None:
+            # Without mask and cache, transformers reads positions with gaps as several packed sequences.
+            tokens = inputs_embeds if model_inputs.get("input_ids") is None else model_inputs["input_ids"]
+            model_inputs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+        return model_inputs
+
+
+__all__ = ["Molmo2SttsForConditionalGeneration", "Molmo2SttsModel"]

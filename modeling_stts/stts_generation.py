@@ -1,0 +1,289 @@
+"""`generate` on a cut prompt, while everything that the caller sees or passes stays in terms of the uncut one."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from .configuration_stts import check_prune_ratio
+from .stts_prompt import PromptCut
+
+
+class UncutPrompt(NamedTuple):
+    """
+    A prompt as the caller gave it.
+
+    input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`).
+    cut_length (`int`): its length after the cut.
+    """
+
+    input_ids: torch.Tensor
+    cut_length: int
+
+    def restore(self, sequences: torch.Tensor) -> torch.Tensor:
+        """
+        Puts the uncut prompt in front of new tokens.
+
+        Args:
+            sequences (`torch.Tensor` of shape `(batch_size * n, cut_length + num_new)`): `n` rows for each prompt.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size * n, sequence_length + num_new)`.
+        """
+        rows_per_prompt = sequences.shape[0] // self.input_ids.shape[0]
+        prompt = self.input_ids.to(sequences.device).repeat_interleave(rows_per_prompt, dim=0)
+        return torch.cat([prompt, sequences[:, self.cut_length :]], dim=1)
+
+
+class UncutLogitsProcessor(LogitsProcessor):
+    """Shows the uncut prompt to a caller's logits processor."""
+
+    def __init__(self, processor: LogitsProcessor, prompt: UncutPrompt):
+        self.processor = processor
+        self.prompt = prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self.processor(self.prompt.restore(input_ids), scores)
+
+
+class UncutStoppingCriteria(StoppingCriteria):
+    """Shows the uncut prompt to a caller's stopping criterion."""
+
+    def __init__(self, criterion: StoppingCriteria, prompt: UncutPrompt):
+        self.criterion = criterion
+        self.prompt = prompt
+
+    def __getattr__(self, name: str) -> Any:
+        # `generate` looks for `eos_token_id` on the criteria it is given.
+        return getattr(self.__dict__["criterion"], name)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.criterion(self.prompt.restore(input_ids), scores, **kwargs)
+
+
+class UncutStreamer(BaseStreamer):
+    """Gives the uncut prompt to a caller's streamer, which gets the prompt first and then the new tokens."""
+
+    def __init__(self, streamer: BaseStreamer, prompt: UncutPrompt):
+        self.streamer = streamer
+        self.prompt = prompt
+        self.prompt_is_next = True
+
+    def put(self, value: torch.Tensor) -> None:
+        self.streamer.put(self.prompt.restore(value) if self.prompt_is_next else value)
+        self.prompt_is_next = False
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+def remember_cut(cache: Cache | None, cut: PromptCut | None) -> None:
+    """Keeps the cut of a prompt, if it was cut, with the cache that it filled, if there is one."""
+    if cache is not None and cut is not None:
+        cache.stts_cut = cut
+
+
+def remembered_cut(cache: Cache | None) -> PromptCut | None:
+    """The cut that a filled cache was kept with, if any."""
+    if cache is None or cache.get_seq_length() == 0:
+        return None
+    return getattr(cache, "stts_cut", None)
+
+
+class SttsGenerationMixin(GenerationMixin):
+    """
+    Generation on pruned prompts. Differences from `GenerationMixin`:
+    - raw videos are encoded once, before the loop, and the prompt is cut to the kept tokens;
+    - returned sequences begin with the uncut prompt, and so do those that the caller's logits processors, stopping
+      criteria and streamers see; `max_length` and `min_length` count the uncut prompt;
+    - the cache remembers the cut, so that a second turn can be given the full conversation.
+
+    A model supplies `get_video_features`, whose output has `keep_masks`, `get_video_placeholder_mask` and
+    `cut_inputs`.
+    """
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: list[LogitsProcessor] | None = None,
+        stopping_criteria: list[StoppingCriteria] | None = None,
+        prefix_allowed_tokens_fn: Callable | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model=None,
+        streamer: BaseStreamer | None = None,
+        prune_ratio: float | None = None,
+        **kwargs,
+    ):
+        """
+        As `GenerationMixin.generate`, with one more argument.
+
+        Args:
+            prune_ratio (`float`, *optional*):
+                Fraction of each video's windows to remove in this call; the configuration's by default.
+
+        Raises:
+            ValueError: if the ratio is out of range, the prompt does not fit its videos or the model's positions, or
+                a video is given to continuous batching or beside a cache that already holds one.
+        """
+        if prune_ratio is not None:
+            check_prune_ratio(prune_ratio)
+        settings = _Settings(generation_config, self.generation_config, kwargs)
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        uncut, cut = self._cut_for_generation(settings, prune_ratio, kwargs)
+        if uncut is not None:
+            logits_processor = [UncutLogitsProcessor(processor, uncut) for processor in logits_processor or ()]
+            stopping_criteria = [UncutStoppingCriteria(criterion, uncut) for criterion in stopping_criteria or ()]
+            streamer = None if streamer is None else UncutStreamer(streamer, uncut)
+            prefix_allowed_tokens_fn = _show_uncut_prefix(prefix_allowed_tokens_fn, uncut, settings)
+            kwargs.update(_shifted_lengths(uncut, settings))
+        outputs = super().generate(
+            generation_config=generation_config,
+            logits_processor=None if logits_processor is None else LogitsProcessorList(logits_processor),
+            stopping_criteria=None if stopping_criteria is None else StoppingCriteriaList(stopping_criteria),
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            synced_gpus=synced_gpus,
+            assistant_model=assistant_model,
+            streamer=streamer,
+            **kwargs,
+        )
+        remember_cut(getattr(outputs, "past_key_values", kwargs.get("past_key_values")), cut)
+        return outputs if uncut is None else _restore_prompt(outputs, uncut)
+
+    def _cut_for_generation(
+        self, settings: "_Settings", prune_ratio: float | None, kwargs: dict[str, Any]
+    ) -> tuple[UncutPrompt | None, PromptCut | None]:
+        """Encodes and cuts in place; returns the prompt to restore and the cut to remember, where there are any."""
+        earlier = remembered_cut(kwargs.get("past_key_values"))
+        if earlier is not None:
+            return self._cut_next_turn(earlier, kwargs), None
+        if kwargs.get("pixel_values_videos") is None:
+            return None, None
+        if settings["cache_implementation"] == "paged":
+            raise ValueError('`cache_implementation="paged"` (continuous batching) ignores videos; use another cache.')
+        if kwargs.get("mm_encoder_outputs") or kwargs.get("pixel_values") is not None:
+            raise ValueError("`pixel_values_videos` cannot be passed with `pixel_values` or `mm_encoder_outputs`.")
+        return self._cut_first_turn(settings, prune_ratio, kwargs)
+
+    def _cut_first_turn(
+        self, settings: "_Settings", prune_ratio: float | None, kwargs: dict[str, Any]
+    ) -> tuple[UncutPrompt | None, PromptCut | None]:
+        video = self.get_video_features(**self._pop_video_inputs(kwargs), prune_ratio=prune_ratio)
+        kwargs["mm_encoder_outputs"] = {"video": video}
+        if video.num_pruned == 0:
+            return None, None
+        input_ids = kwargs.get("input_ids")
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = _infer_attention_mask(input_ids, kwargs.get("inputs_embeds"), settings)
+        attention_mask, cache = kwargs["attention_mask"], kwargs.get("past_key_values")
+        cut_inputs, cut = self.cut_inputs(
+            video.keep_masks,
+            kwargs,
+            default_position_ids=_default_positions(attention_mask),
+            num_untouched=0 if cache is None else cache.get_seq_length(),
+        )
+        kwargs.update(cut_inputs)
+        return None if input_ids is None else UncutPrompt(input_ids, cut.cut_length), cut
+
+    def _cut_next_turn(self, earlier: PromptCut, kwargs: dict[str, Any]) -> UncutPrompt | None:
+        """Cuts a conversation that begins with a prompt that was cut before, or its mask if only new ids are given."""
+        self._pop_video_inputs(kwargs)
+        input_ids, attention_mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        length = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+        num_new = length - earlier.attention_mask.shape[1]
+        has_full_ids = input_ids.shape[1] == length
+        new_ids = input_ids[:, -num_new:] if has_full_ids else input_ids
+        if num_new <= 0 or self.get_video_placeholder_mask(new_ids).any():
+            raise ValueError(
+                f"The cache holds a pruned prompt of {earlier.attention_mask.shape[1]} tokens. A further turn needs "
+                "the full conversation, or its new ids with the full attention mask, and no new video; got "
+                f"{length} tokens."
+            )
+        cut = earlier.extend(input_ids.shape[0], num_new)
+        attention_mask = cut.attention_mask if attention_mask is None else attention_mask
+        kwargs["attention_mask"] = cut.take(attention_mask, 0)
+        if self.config.stts_config.position_ids == "original":
+            position_ids = kwargs.get("position_ids")
+            position_ids = _default_positions(attention_mask) if position_ids is None else position_ids
+            kwargs["position_ids"] = cut.take(position_ids.expand(attention_mask.shape[0], -1), 0)
+        if not has_full_ids:
+            return None
+        kwargs["input_ids"] = cut.take(input_ids, 0)
+        if kwargs.get("mm_token_type_ids") is not None:
+            kwargs["mm_token_type_ids"] = cut.take(kwargs["mm_token_type_ids"], 0)
+        return UncutPrompt(input_ids, cut.cut_length)
+
+    def _pop_video_inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        names = inspect.signature(self.get_video_features).parameters
+        return {name: kwargs.pop(name) for name in names if name in kwargs}
+
+
+class _Settings(NamedTuple):
+    """A generation setting by name: the call's, else the given configuration's, else the model's."""
+
+    given: GenerationConfig | None
+    default: GenerationConfig
+    call: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        values = (self.call.get(name), getattr(self.given, name, None), getattr(self.default, name, None))
+        return next((value for value in values if value is not None), None)
+
+
+def _infer_attention_mask(
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, settings: _Settings
+) -> torch.Tensor:
+    """As `generate` does without a mask: padding is where the pad token stands, unless it also ends sequences."""
+    if input_ids is None:
+        return torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+    pad, eos = settings["pad_token_id"], settings["eos_token_id"]
+    eos = eos if isinstance(eos, (list, tuple)) else [eos]
+    return torch.ones_like(input_ids) if pad is None or pad in eos else input_ids.ne(pad).long()
+
+
+def _default_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """As `generate` counts: padding does not."""
+    return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
+
+
+def _shifted_lengths(uncut: UncutPrompt, settings: _Settings) -> dict[str, int]:
+    """`max_length` and `min_length`, where set, in terms of the cut prompt."""
+    prompt_length = uncut.input_ids.shape[1]
+    max_length = settings["max_length"]
+    if max_length is not None and settings["max_new_tokens"] is None and max_length <= prompt_length:
+        raise ValueError(
+            f"`max_length`={max_length} leaves no room for new tokens: the prompt has {prompt_length} tokens before "
+            "pruning. Use a larger `max_length` or `max_new_tokens`."
+        )
+    lengths = {name: settings[name] for name in ("max_length", "min_length") if settings[name]}
+    num_removed = prompt_length - uncut.cut_length
+    return {name: max(0, length - num_removed) for name, length in lengths.items()}
+
+
+def _show_uncut_prefix(
+    prefix_allowed_tokens_fn: Callable | None, uncut: UncutPrompt, settings: _Settings
+) -> Callable | None:
+    if prefix_allowed_tokens_fn is None:
+        return None
+    # Beams of a prompt share its batch index; several sampled sequences of a prompt do not.
+    per_prompt = 1 if (settings["num_beams"] or 1) > 1 else settings["num_return_sequences"] or 1
+
+    def on_uncut_prefix(batch_id: int, input_ids: torch.Tensor) -> list[int]:
+        prompt = uncut.input_ids[batch_id // per_prompt].to(input_ids.device)
+        return prefix_allowed_tokens_fn(batch_id, torch.cat([prompt, input_ids[uncut.cut_length :]]))
+
+    return on_uncut_prefix
+
+
+def _restore_prompt(outputs, uncut: UncutPrompt):
+    if isinstance(outputs, torch.Tensor):
+        return uncut.restore(outputs)
+    outputs.sequences = uncut.restore(outputs.sequences)
+    return outputs

@@ -1,0 +1,35 @@
+"""Fixtures that several test files share."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from hub_upload.build import build_hub_folder
+
+
+NUM_CLIP_FRAMES = 20
+CLIP_FPS = 4
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A hub folder with the tiny random model. Read only: all tests share it."""
+    return build_hub_folder(tmp_path_factory.mktemp("hub") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory) -> Path:
+    """A real MP4 of 20 frames, 64 x 64 pixels, 4 frames a second: a bright square moves over a gradient."""
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    gradient = np.linspace(0, 120, 64, dtype=np.uint8)
+    with av.open(str(path), mode="w") as container:
+        stream = container.add_stream("mpeg4", rate=CLIP_FPS)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for i in range(NUM_CLIP_FRAMES):
+            image = np.broadcast_to(gradient[None, :, None], (64, 64, 3)).copy()
+            image[20:36, 2 * i : 2 * i + 16] = (250, 200, 10 * i)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return path

@@ -1,0 +1,164 @@
+"""Numbers on a CUDA device: fast paths against plain ones, in half precision, at the shapes of Molmo2."""
+
+import copy
+
+import pytest
+import torch
+from golden_cases import CASES, build_model, load_case
+from inputs import lively_model, video_inputs
+from test_golden import expected_features
+from test_modeling_molmo2_stts import labels_of
+
+import modeling_stts.modeling_molmo2_stts as modeling
+from modeling_stts import Molmo2SttsConfig, Molmo2SttsModel
+
+
+pytestmark = pytest.mark.gpu
+
+
+def to_cuda(inputs):
+    return {name: value.cuda() for name, value in inputs.items()}
+
+
+def relative_error(ours, reference):
+    return ((ours.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+@pytest.fixture
+def in_bins(monkeypatch):
+    """Switches variable-length attention off."""
+    return lambda: monkeypatch.setattr(modeling, "can_attend_in_segments", lambda hidden_states: False)
+
+
+@pytest.fixture(scope="module")
+def real_vit():
+    """A ViT and connector of Molmo2-4B's shapes with 8 of its 25 blocks, and an unused language model."""
+    torch.manual_seed(0)
+    config = Molmo2SttsConfig(
+        vision_config={"num_hidden_layers": 8},
+        adapter_config={"vision_feature_layer": [7, 5], "intermediate_size": 9728, "text_hidden_size": 2560},
+        text_config={
+            "hidden_size": 64,
+            "num_hidden_layers": 1,
+            "vocab_size": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    )
+    return Molmo2SttsModel(config).cuda().bfloat16().eval()
+
+
+def real_video(num_frames):
+    generator = torch.Generator("cuda").manual_seed(num_frames)
+    return {
+        "pixel_values_videos": torch.randn(num_frames, 729, 588, generator=generator, device="cuda"),
+        "video_token_pooling": _pooling(num_frames),
+        "video_grids": torch.tensor([[num_frames, 9, 9]]),
+    }
+
+
+def _pooling(num_frames):
+    windows = torch.arange(729).view(9, 3, 9, 3).permute(0, 2, 1, 3).reshape(81, 9)
+    return (torch.arange(num_frames).view(-1, 1, 1) * 729 + windows).view(-1, 9).cuda()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("refill", [True, False])
+def test_golden_vectors_in_float32(case, refill):
+    case = load_case(case)
+    with torch.no_grad():
+        video = build_model(case, refill=refill).cuda().get_video_features(**to_cuda(case.inputs()))
+    ours = torch.cat(video.pooler_output).cpu()
+    torch.testing.assert_close(ours, expected_features(case, refill), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prune_ratio", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("num_frames", [2, 17])
+@pytest.mark.parametrize("refill", [False, True])
+def test_varlen_equals_bins_in_bfloat16(real_vit, in_bins, prune_ratio, num_frames, refill):
+    real_vit.config.stts_config.refill = refill
+    with torch.no_grad():
+        varlen = real_vit.get_video_features(**real_video(num_frames), prune_ratio=prune_ratio)
+        in_bins()
+        bins = real_vit.get_video_features(**real_video(num_frames), prune_ratio=prune_ratio)
+    real_vit.config.stts_config.refill = False
+    assert torch.equal(varlen.keep_masks[0], bins.keep_masks[0])
+    assert relative_error(varlen.pooler_output[0], bins.pooler_output[0]) < 1e-2
+
+
+def test_gradients_of_varlen_equal_those_of_bins_in_bfloat16(real_vit, in_bins):
+    gradients = []
+    for _ in range(2):
+        model = copy.deepcopy(real_vit).train()
+        model.get_video_features(**real_video(6), prune_ratio=0.5).pooler_output[0].float().square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.vision_tower.named_parameters() if p.grad is not None})
+        in_bins()
+    assert gradients[0].keys() == gradients[1].keys()
+    for name in gradients[0]:
+        # Without noise to hide in: this gradient is zero but for rounding.
+        if not name.endswith("k_proj.bias"):
+            assert relative_error(gradients[0][name], gradients[1][name]) < 5e-2, name
+
+
+def test_bfloat16_features_are_near_float32(real_vit):
+    reference = copy.deepcopy(real_vit).float()
+    video = real_video(6)
+    with torch.no_grad():
+        ours, expected = (model.get_video_features(**video, prune_ratio=0.5) for model in (real_vit, reference))
+    agreement = (ours.keep_masks[0] == expected.keep_masks[0]).float().mean()
+    assert agreement > 0.95
+    kept_in_both = ours.keep_masks[0].bool() & expected.keep_masks[0].bool()
+    rows = [kept_in_both[mask.keep_masks[0].bool()] for mask in (ours, expected)]
+    assert relative_error(ours.pooler_output[0][rows[0]], expected.pooler_output[0][rows[1]]) < 5e-2
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+def test_attention_implementations_agree(implementation):
+    model, inputs = lively_model().cuda(), to_cuda(video_inputs((4, 2)))
+    with torch.no_grad():
+        expected = model(**inputs)
+        model.set_attn_implementation(implementation)
+        logits = model(**inputs).logits
+    real = expected.kept_token_idx >= 0
+    torch.testing.assert_close(logits[real], expected.logits[real], atol=5e-3, rtol=5e-3)
+    generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert generated.shape == (2, inputs["input_ids"].shape[1] + 4)
+
+
+def test_generate_and_train_in_bfloat16():
+    model, inputs = lively_model().cuda().bfloat16(), to_cuda(video_inputs((4, 2)))
+    assert model.generate(**inputs, max_new_tokens=4, cache_implementation="static").shape[1] == 341 + 4
+    model.train().gradient_checkpointing_enable()
+    model(**inputs, labels=labels_of(inputs)).loss.backward()
+    gradient = model.model.vision_tower.scorer.mlp.fc1.weight.grad
+    assert torch.isfinite(gradient).all() and gradient.any()
+
+
+def test_blocks_on_the_cpu_and_on_the_gpu(tmp_path):
+    model, inputs = lively_model(), video_inputs((4,))
+    model.save_pretrained(tmp_path)
+    names = dict(model.named_modules())
+    device_map = {
+        name: "cpu" if name.endswith(("layers.2", "layers.6", "scorer")) else 0
+        for name in names
+        if name in ("lm_head", "model.language_model", "model.multi_modal_projector", "model.vision_tower.scorer")
+        or name.startswith("model.vision_tower.layers.")
+        and name.count(".") == 3
+        or name == "model.vision_tower.patch_embedding"
+    }
+    device_map["model.vision_tower.positional_embedding"] = 0
+    split = type(model).from_pretrained(tmp_path, device_map=device_map)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        torch.testing.assert_close(split(**to_cuda(inputs)).logits.cpu(), expected, atol=1e-2, rtol=1e-2)
+
+
+def test_no_waiting_for_the_device_in_the_vision_part(real_vit):
+    video = real_video(8)
+    with torch.no_grad():
+        real_vit.get_video_features(**video)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            real_vit.get_video_features(**video)
+            real_vit.get_video_features(**video, prune_ratio=0.8)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,377 @@
+import copy
+
+import naive
+import pytest
+import torch
+from inputs import NUM_WINDOWS, PLACEHOLDER, lively_model, row_of, video_inputs
+from transformers import Molmo2Config, Molmo2ForConditionalGeneration
+
+from modeling_stts.stts_selection import count_pruned_windows
+
+
+VIDEO_NAMES = ("pixel_values_videos", "video_token_pooling", "video_grids")
+
+
+def videos_of(inputs):
+    return {name: inputs[name] for name in VIDEO_NAMES}
+
+
+def native_twin(model):
+    """Native Molmo2 with the same weights."""
+    ours = ("model_type", "stts_config", "auto_map", "custom_pipelines", "architectures")
+    config = Molmo2Config.from_dict({key: value for key, value in model.config.to_dict().items() if key not in ours})
+    config._attn_implementation = model.config._attn_implementation
+    native = Molmo2ForConditionalGeneration(config)
+    _, unexpected = native.load_state_dict(model.state_dict(), strict=False)
+    assert all(".scorer." in name for name in unexpected)
+    native.generation_config = copy.deepcopy(model.generation_config)
+    return native.eval()
+
+
+def naive_logits(model, inputs, prune_ratio, compact=False):
+    """Logits of a prompt without padding, and where its tokens stood, by the naive twin."""
+    frames = inputs["pixel_values_videos"]
+    count = count_pruned_windows(len(frames), NUM_WINDOWS, prune_ratio)
+    features, _, keep = naive.video_features(model.model, frames, count)
+    flags = iter(keep.flatten().tolist())
+    tokens = inputs["input_ids"][0].tolist()
+    kept = [i for i, token in enumerate(tokens) if token != PLACEHOLDER or next(flags)]
+    positions = list(range(len(kept))) if compact else kept
+    tokens = [tokens[i] for i in kept]
+    return naive.language_logits(native_twin(model), tokens, features, PLACEHOLDER, positions), kept
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lively_model(prune_ratio=0.5)
+
+
+# --- what is off is exactly off ---
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_ratio_zero_equals_native_molmo2(model, side):
+    native, inputs = native_twin(model), video_inputs((4, 1, 3), side)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, prune_ratio=0.0).logits, native(**inputs).logits)
+    if side == "left":
+        ours = model.generate(**inputs, prune_ratio=0.0, max_new_tokens=5, do_sample=False)
+        assert torch.equal(ours, native.generate(**inputs, max_new_tokens=5, do_sample=False))
+
+
+def test_a_video_of_one_frame_equals_native_molmo2(model):
+    inputs = video_inputs((1,))
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, native_twin(model)(**inputs).logits)
+
+
+def test_text_only_equals_native_molmo2(model):
+    inputs = {"input_ids": torch.arange(20, 40)[None], "attention_mask": torch.ones(1, 20, dtype=torch.long)}
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, native_twin(model)(**inputs).logits)
+
+
+def test_images_are_never_pruned(model):
+    generator = torch.Generator().manual_seed(0)
+    pooling = torch.arange(729).view(-1, 9)
+    inputs = {
+        "pixel_values": torch.randn(2, 729, 12, generator=generator),
+        "image_token_pooling": torch.cat([pooling, pooling + 729]),
+        "image_grids": torch.tensor([[9, 9, 9, 9]]),
+        "input_ids": torch.tensor([[5, *[PLACEHOLDER] * 162, 30, 31]]),
+    }
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == PLACEHOLDER).long()
+    with torch.no_grad():
+        ours = model(**inputs, prune_ratio=0.8)
+        assert torch.equal(ours.logits, native_twin(model)(**inputs).logits)
+    assert ours.kept_token_idx is None
+    generated = model.generate(**inputs, prune_ratio=0.8, max_new_tokens=4, do_sample=False)
+    assert torch.equal(generated, native_twin(model).generate(**inputs, max_new_tokens=4, do_sample=False))
+
+
+# --- features ---
+
+
+@pytest.mark.parametrize("prune_ratio", [0.3, 0.8])
+@pytest.mark.parametrize("feature_layers", [[7, 5], [-1, 2], [4, 1], [5, 4]])
+def test_features_equal_the_naive_twin(prune_ratio, feature_layers):
+    model = lively_model()
+    model.config.adapter_config.vision_feature_layer = feature_layers
+    inputs = video_inputs((4,))
+    with torch.no_grad():
+        video = model.get_video_features(**videos_of(inputs), prune_ratio=prune_ratio)
+        count = count_pruned_windows(4, NUM_WINDOWS, prune_ratio)
+        features, scores, keep = naive.video_features(model.model, inputs["pixel_values_videos"], count)
+    assert torch.equal(video.keep_masks[0].bool(), keep)
+    torch.testing.assert_close(video.scores[0], scores, atol=1e-5, rtol=0)
+    torch.testing.assert_close(video.pooler_output[0], features, atol=1e-4, rtol=1e-4)
+
+
+def test_scorer_gradients_equal_the_naive_twin():
+    model, inputs = lively_model(), video_inputs((3,))
+    ours = model.get_video_features(**videos_of(inputs), prune_ratio=0.5).pooler_output[0]
+    expected, _, _ = naive.video_features(model.model, inputs["pixel_values_videos"], 121)
+    parameters = list(model.model.vision_tower.scorer.parameters())
+    gradients = (torch.autograd.grad(features.square().mean(), parameters) for features in (ours, expected))
+    for mine, other in zip(*gradients):
+        torch.testing.assert_close(mine, other, atol=2e-5, rtol=2e-3)
+
+
+@pytest.mark.parametrize("method", ["scorer", "similarity", "random"])
+def test_a_video_is_unaffected_by_its_batch_neighbours(method):
+    model, inputs = lively_model(method=method), video_inputs((4, 1, 6))
+    with torch.no_grad():
+        together = model.get_video_features(**videos_of(inputs), prune_ratio=0.6)
+        for row in range(3):
+            alone = model.get_video_features(**videos_of(row_of(inputs, row)), prune_ratio=0.6)
+            assert torch.equal(together.keep_masks[row], alone.keep_masks[0])
+            torch.testing.assert_close(together.pooler_output[row], alone.pooler_output[0], atol=1e-4, rtol=1e-4)
+
+
+def test_similarity_keeps_what_changed():
+    model, inputs = lively_model(method="similarity"), video_inputs((3,))
+    still = inputs["pixel_values_videos"][:1].repeat(3, 1, 1)
+    moving = inputs["video_token_pooling"][40]
+    still[1, moving] = torch.randn(9, 12)
+    still[2] = still[1]
+    with torch.no_grad():
+        video = model.get_video_features(still, inputs["video_token_pooling"], inputs["video_grids"], prune_ratio=0.5)
+    assert video.keep_masks[0][1, 40] == 1
+    assert video.scores[0][1].argmax() == 40
+    assert video.scores[0][2].abs().max() < 1e-4
+
+
+def test_random_pruning_follows_the_seed():
+    inputs = videos_of(video_inputs((4,)))
+    with torch.no_grad():
+        models = [lively_model(method="random", seed=seed) for seed in (0, 0, 1)]
+        masks = [model.get_video_features(**inputs).keep_masks[0] for model in models]
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+    assert masks[0].sum() == 4 * NUM_WINDOWS - 162
+
+
+def test_outputs_hold_no_bool_tensors(model):
+    with torch.no_grad():
+        video = model.get_video_features(**videos_of(video_inputs((2, 3))))
+    assert [mask.dtype for mask in video.keep_masks] == [torch.int64] * 2
+    assert type(video)().pooler_output is None  # `generate` slices outputs by building new ones
+
+
+# --- the language model on the cut prompt ---
+
+
+@pytest.mark.parametrize("prune_ratio", [0.3, 0.8])
+@pytest.mark.parametrize("position_ids", ["original", "compact"])
+def test_logits_equal_the_naive_twin(prune_ratio, position_ids):
+    model, inputs = lively_model(position_ids=position_ids), video_inputs((4,))
+    with torch.no_grad():
+        outputs = model(**inputs, prune_ratio=prune_ratio)
+        expected, kept = naive_logits(model, inputs, prune_ratio, compact=position_ids == "compact")
+    assert outputs.kept_token_idx.tolist() == [kept]
+    torch.testing.assert_close(outputs.logits[0], expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_of_a_padded_batch_equal_single_rows(model, side):
+    inputs = video_inputs((4, 2, 6), side)
+    with torch.no_grad():
+        outputs = model(**inputs)
+        for row in range(3):
+            single = row_of(inputs, row)
+            real = outputs.kept_token_idx[row] >= 0
+            expected = model(**single)
+            torch.testing.assert_close(outputs.logits[row, real], expected.logits[0], atol=1e-3, rtol=1e-3)
+            offset = inputs["attention_mask"][row].argmax()
+            assert torch.equal(outputs.kept_token_idx[row, real] - offset, expected.kept_token_idx[0])
+    assert outputs.logits.shape[1] == max(
+        inputs["attention_mask"].sum(1) - torch.tensor([count_pruned_windows(n, 81, 0.5) for n in (4, 2, 6)])
+    )
+
+
+def test_no_mask_is_a_mask_of_ones(model):
+    inputs = video_inputs((3,))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        inputs.pop("attention_mask")
+        assert torch.equal(model(**inputs).logits, expected)
+        assert torch.equal(model(**inputs, use_cache=False).logits, expected)
+
+
+def test_embeddings_can_be_given_instead_of_ids(model):
+    inputs = video_inputs((3,))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+        torch.testing.assert_close(model(**inputs, inputs_embeds=embeddings).logits, expected)
+
+
+def test_base_model_cuts_like_the_full_model(model):
+    inputs = video_inputs((3,))
+    with torch.no_grad():
+        hidden_states = model.model(**inputs).last_hidden_state
+        torch.testing.assert_close(model.lm_head(hidden_states), model(**inputs).logits)
+
+
+def test_decoding_by_hand_goes_on_after_the_uncut_prompt(model):
+    inputs = video_inputs((3,))
+    token = torch.tensor([[77]])
+    longer = dict(inputs, input_ids=torch.cat([inputs["input_ids"], token], 1))
+    longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+    longer["mm_token_type_ids"] = (longer["input_ids"] == PLACEHOLDER).long()
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        step = model(input_ids=token, past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(step, model(**longer).logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+# --- training ---
+
+
+def labels_of(inputs):
+    text = (inputs["input_ids"] != PLACEHOLDER) & (inputs["attention_mask"] == 1)
+    return inputs["input_ids"].masked_fill(~text | (inputs["input_ids"] >= 256), -100)
+
+
+def test_loss_is_language_loss_on_cut_labels_plus_temporal_loss():
+    model, inputs = lively_model(temporal_loss_weight=0.25).train(), video_inputs((4, 2), "right")
+    outputs = model(**inputs, labels=labels_of(inputs))
+    assert outputs.labels.shape == outputs.logits.shape[:2] == outputs.kept_token_idx.shape
+    taken = labels_of(inputs).gather(1, outputs.kept_token_idx.clamp(min=0))
+    assert torch.equal(outputs.labels, taken.masked_fill(outputs.kept_token_idx < 0, -100))
+    language = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), outputs.labels[:, 1:].flatten())
+    assert outputs.temporal_loss > 0
+    torch.testing.assert_close(outputs.loss, language + 0.25 * outputs.temporal_loss)
+    assert model.eval()(**inputs, labels=labels_of(inputs)).temporal_loss is None
+
+
+def test_language_loss_reaches_the_scorer():
+    model, inputs = lively_model(temporal_loss_weight=0.0).train(), video_inputs((4,))
+    model(**inputs, labels=labels_of(inputs)).loss.backward()
+    for name, parameter in model.model.vision_tower.scorer.named_parameters():
+        assert parameter.grad.abs().max() > 0 or name.endswith("k_proj.bias")
+
+
+@pytest.mark.parametrize("case", ["text", "image", "ratio 0", "random"])
+def test_a_batch_without_pruned_video_gives_the_scorer_a_zero_gradient(case):
+    model = lively_model(method="random" if case == "random" else "scorer").train()
+    if case in ("ratio 0", "random"):
+        inputs = video_inputs((2,))
+    else:
+        inputs = {"input_ids": torch.arange(20, 40)[None]}
+        inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    if case == "image":
+        inputs["input_ids"] = torch.tensor([[5, *[PLACEHOLDER] * 81, 30]])
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == PLACEHOLDER).long()
+        inputs |= {"pixel_values": torch.randn(1, 729, 12), "image_token_pooling": torch.arange(729).view(-1, 9)}
+        inputs["image_grids"] = torch.tensor([[9, 9, 0, 0]])
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    outputs = model(**inputs, labels=labels_of(inputs), prune_ratio=0.0 if case == "ratio 0" else 0.5)
+    outputs.loss.backward()
+    assert outputs.temporal_loss == 0
+    assert all((p.grad is not None) and not p.grad.any() for p in model.model.vision_tower.scorer.parameters())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(use_reentrant):
+    inputs, gradients = video_inputs((3, 2)), []
+    for checkpointing in (False, True):
+        model = lively_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model(**inputs, labels=labels_of(inputs)).loss.backward()
+        gradients.append([p.grad for p in model.model.vision_tower.scorer.parameters()])
+    for plain, checkpointed in zip(*gradients):
+        torch.testing.assert_close(checkpointed, plain, atol=1e-6, rtol=1e-4)
+
+
+# --- implementations and dtypes ---
+
+
+@pytest.mark.parametrize("refill", [False, True])
+def test_eager_equals_sdpa(refill):
+    inputs, logits = video_inputs((4, 2)), []
+    for implementation in ("sdpa", "eager"):
+        model = lively_model(refill=refill)
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            logits.append(model(**inputs).logits)
+    real = model(**inputs).kept_token_idx >= 0
+    torch.testing.assert_close(logits[1][real], logits[0][real], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model, inputs = lively_model(), video_inputs((3, 2))
+    with torch.no_grad():
+        expected = model(**inputs)
+        outputs = model.to(dtype)(**inputs)
+    assert outputs.logits.dtype == dtype and torch.isfinite(outputs.logits).all()
+    assert outputs.logits.shape == expected.logits.shape
+    model.train()(**inputs, labels=labels_of(inputs)).loss.backward()
+    assert torch.isfinite(model.model.vision_tower.scorer.mlp.fc1.weight.grad).all()
+
+
+def test_flash_attention_of_the_language_model_needs_compact_positions(model):
+    model = copy.deepcopy(model)
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="Flash attention reads positions with gaps"):
+        model(**video_inputs((3,)))
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize("prune_ratio", [1, -0.1, float("nan"), "half", True])
+def test_a_ratio_out_of_range_is_refused(model, prune_ratio):
+    inputs = video_inputs((2,))
+    for call in (model, model.model, model.generate):
+        with pytest.raises(ValueError, match="0 <= prune_ratio < 1, got"):
+            call(**inputs, prune_ratio=prune_ratio)
+
+
+def test_a_prompt_that_does_not_fit_its_video_is_refused(model):
+    inputs = video_inputs((2,))
+    for ids, count in ((inputs["input_ids"][:, 50:], 115), (inputs["input_ids"].clone().fill_(30), 0)):
+        bad = dict(inputs, input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=torch.zeros_like(ids))
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=f"hold {count} video tokens, but its videos have 162 windows"):
+                call(**bad)
+
+
+def test_too_many_frames_for_the_positions_are_refused(model):
+    model = copy.deepcopy(model)
+    model.config.text_config.max_position_embeddings = 200
+    inputs = video_inputs((4,))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="takes 341 positions .* Sample fewer frames .*\n?.*compact"):
+            call(**inputs)
+    model.config.stts_config.position_ids = "compact"
+    assert model(**inputs).logits.shape[1] == 341 - 162
+
+
+def test_a_mask_of_another_shape_is_refused(model):
+    inputs = video_inputs((2,))
+    inputs["attention_mask"] = torch.ones(1, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"must have the prompt's shape \(1, 173\), got \(1, 1, 4, 4\)"):
+        model(**inputs)
+
+
+def test_features_that_do_not_fit_their_grid_are_refused(model):
+    inputs = video_inputs((3,))
+    with pytest.raises(ValueError, match="describes 2 frames of 81 windows, but `pixel_values_videos` has 3 frames"):
+        model(**dict(inputs, video_grids=torch.tensor([[2, 9, 9]])))
+    with pytest.raises(ValueError, match="windows that cover a frame exactly"):
+        model(**dict(inputs, video_token_pooling=inputs["video_token_pooling"][:, :4]))
+
+
+def test_compact_positions_cannot_be_given():
+    model, inputs = lively_model(position_ids="compact"), video_inputs((2,))
+    inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1])[None]
+    with pytest.raises(ValueError, match="`position_ids` cannot be given"):
+        model(**inputs)
+
+
+def test_image_and_video_together_are_refused_as_natively(model):
+    with pytest.raises(ValueError, match="pixel_values and pixel_values_videos are provided at the same time"):
+        model(**video_inputs((2,)), pixel_values=torch.zeros(1, 729, 12))

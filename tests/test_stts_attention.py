@@ -1,0 +1,68 @@
+import math
+
+import pytest
+import torch
+from naive import attention_in_segments, key_bias
+
+from modeling_stts.stts_attention import (
+    attend_in_segments,
+    attend_with_mask,
+    can_attend_in_segments,
+    score_to_key_bias,
+)
+
+
+def test_key_bias_of_a_hand_made_row():
+    scores = torch.tensor([[[0.2, 0.9, 0.4]], [[0.2, 0.7, 0.45]]])
+    bias = score_to_key_bias(scores, bias_floor=-2.0)
+    low = math.exp(-2)
+    assert bias[0].tolist() == [[0, 0, 0]]
+    expected = torch.tensor([-2.0, 0.0, math.log(low + 0.5 * (1 - low))])
+    assert torch.allclose(bias[1, 0], expected, atol=1e-5)
+
+
+def test_a_constant_row_gets_the_floor():
+    bias = score_to_key_bias(torch.full((2, 9, 9), 0.3), bias_floor=-1.5)
+    assert torch.allclose(bias[1], torch.full((9, 9), -1.5))
+
+
+def test_key_bias_and_gradients_equal_the_naive_twin():
+    scores = torch.rand(3, 81, dtype=torch.double, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    ours = score_to_key_bias(scores.unflatten(1, (9, 9)), -2.0)
+    naive = key_bias(scores).view(3, 27, 27)[:, ::3, ::3]
+    torch.testing.assert_close(ours, naive)
+    weight = torch.rand(3, 9, 9, dtype=torch.double)
+    mine, other = (torch.autograd.grad((bias * weight).sum(), scores)[0] for bias in (ours, naive))
+    torch.testing.assert_close(mine, other)
+
+
+def test_bool_mask_of_segments_equals_attention_segment_by_segment():
+    torch.manual_seed(0)
+    lengths = [9, 18, 27]
+    query, key, value = torch.randn(3, 1, 2, 54, 8)
+    segment = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    output = attend_with_mask(query, key, value, segment[:, None] == segment)
+    torch.testing.assert_close(output, attention_in_segments(query, key, value, lengths))
+
+
+def test_segments_are_for_half_precision_on_cuda_only():
+    assert not can_attend_in_segments(torch.zeros(1, dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [[729, 9, 360], [0, 81, 0, 0, 9], [5]])
+def test_varlen_equals_per_frame_attention(dtype, lengths):
+    torch.manual_seed(0)
+    states = torch.randn(3, 1, 4, sum(lengths), 72, device="cuda", dtype=dtype, requires_grad=True)
+    cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    assert can_attend_in_segments(states)
+    output = attend_in_segments(*states, cu_seqlens, 729)
+    reference = states.detach().cpu().double().requires_grad_()
+    expected = attention_in_segments(*reference, lengths)
+    relative = (output.detach().cpu().double() - expected).norm() / expected.norm()
+    assert relative < 1e-2
+    weight = torch.randn_like(expected)
+    (output * weight.to(output)).sum().backward()
+    (expected * weight).sum().backward()
+    assert (states.grad.cpu().double() - reference.grad).norm() / reference.grad.norm() < 2e-2
