@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import Molmo2Config, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_stts import SttsConfig
 
@@ -35,7 +36,7 @@ class Molmo2SttsConfig(Molmo2Config):
     model_type = "molmo2_stts"
     _auto_class = "AutoConfig"
     keys_to_ignore_at_inference = ["past_key_values", "temporal_loss", "kept_token_idx", "image_hidden_states"]
-    sub_configs_defaults = {**Molmo2Config.sub_configs_defaults, "stts_config": SttsConfig}
+    sub_configs_defaults = {**Molmo2Config.sub_configs_defaults, "stts_config": SubConfigSpec(config_class=SttsConfig)}
 
     # Set where the package registers its pipeline: `pipeline()` asks for `trust_remote_code` if it finds a custom one.
     pipeline_is_registered = False

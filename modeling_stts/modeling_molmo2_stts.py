@@ -201,9 +201,9 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
 
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, SttsScorer):
-            for linear in (module.mlp.fc1, module.mlp.fc2, module.mlp.fc3):
-                init.trunc_normal_(linear.weight, std=linear.in_features**-0.5)
+        # By identity: transformers asks custom code about modules with parameters of their own only, not the scorer.
+        if any(module is linear for linear in self.scorer.mlp.children()):
+            init.trunc_normal_(module.weight, std=module.in_features**-0.5)
 
     def forward(
         self,

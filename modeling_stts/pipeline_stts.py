@@ -1,147 +1,286 @@
-"""The pipeline "video-text-to-text": videos and questions, or chats, to answers."""
+"""The `video-text-to-text` pipeline: questions about videos."""
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
-from transformers import GenerationConfig
+import numpy as np
+import torch
+from transformers import BatchFeature, GenerationConfig
 from transformers.pipelines.any_to_any import AnyToAnyPipeline, Chat, ReturnType
+from transformers.pipelines.base import Pipeline
 from transformers.video_utils import is_valid_video
 
 
-class ChatBatch:
-    """
-    Chats that go through processor and model together. (A list would be taken apart by the base class, whose collation
-    cannot join videos.)
+# Parameters of `AnyToAnyPipeline` that are handed to it.
+STOCK_PARAMETERS = (
+    "max_new_tokens",
+    "generate_kwargs",
+    "return_full_text",
+    "return_tensors",
+    "return_type",
+    "clean_up_tokenization_spaces",
+    "stop_sequence",
+    "continue_final_message",
+    "skip_special_tokens",
+)
+SAMPLING_PARAMETERS = ("num_frames", "fps", "max_fps")
+PARAMETERS = (*STOCK_PARAMETERS, *SAMPLING_PARAMETERS, "prune_ratio", "processor_kwargs", "num_workers")
+# Settings of `generate` that may be given without `generate_kwargs`.
+GENERATION_PARAMETERS = frozenset(vars(GenerationConfig())) - {"max_new_tokens"}
 
-    chats (`list[Chat]`): at least one.
+
+class VideoQuestion(NamedTuple):
+    """
+    prompt (`str` or `Chat`): what the caller asked.
+    video (*optional*): path or frames; a chat holds its videos itself.
     """
 
-    def __init__(self, chats: list[Chat]):
-        self.chats = chats
+    prompt: str | Chat
+    video: Any = None
+
+    def to_messages(self) -> list[dict]:
+        """The question as a chat."""
+        if isinstance(self.prompt, Chat):
+            return self.prompt.messages
+        content = [] if self.video is None else [{"type": "video", "video": self.video}]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": self.prompt}]}]
 
 
 class VideoTextToTextPipeline(AnyToAnyPipeline):
     """
-    Answers questions about videos.
-
-    ```python
-    >>> pipe = pipeline("video-text-to-text", model="org/name", trust_remote_code=True)
-    >>> pipe("clip.mp4", text="What happens?", prune_ratio=0.8, max_new_tokens=32)
-    [{"input_text": [...], "generated_text": "..."}]
-    ```
-
     Differences from `AnyToAnyPipeline`:
-    - a video comes first, with its question as `text`; both become a chat;
-    - `batch_size` chats go through one call of the processor, padded on the left;
-    - `prune_ratio` and generation settings (`do_sample=False`) are passed on to `generate`, and `num_frames`, `fps`
-      and `max_fps` to the processor;
-    - only the new text is returned, unless `return_full_text=True`;
+    - The first argument is the video. A video with plain text is put into the processor's chat template if it has one.
+    - `batch_size` items of a list go through one call of the processor, padded on the left, and one of the model:
+      samples that were processed one by one cannot be collated.
+    - `num_frames`, `fps`, `max_fps`, `prune_ratio` and generation settings such as `do_sample` can be given directly;
+      names that nobody knows are refused.
+    - Only new text is returned where the question is plain text; chats come back with the answer, as they do natively.
     - `save_pretrained` saves the processor too.
+
+        >>> pipe = pipeline("video-text-to-text", model="org/name", trust_remote_code=True)
+        >>> pipe("clip.mp4", text="What happens?", prune_ratio=0.8, max_new_tokens=20)
+        [{'input_text': 'What happens?', 'generated_text': 'A man rides a bike.'}]
     """
 
-    def check_model_type(self, supported_models) -> None:
-        """Models with STTS are not in transformers' own list, and their configuration names this pipeline."""
+    def check_model_type(self, supported_models: list[str] | dict) -> None:
+        """Accepts every model: the stock list has only models that transformers itself ships."""
 
-    def __call__(self, videos=None, text=None, batch_size: int | None = None, **kwargs) -> list:
+    def __call__(
+        self, videos: Any = None, text: str | list | None = None, batch_size: int | None = None, **kwargs
+    ) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
         """
+        Answers questions about videos.
+
         Args:
-            videos (`str`, `Path`, array, list of frames, or `list` of these): one video or several; or chats.
-            text (`str`, `list[str]` or chats):
-                The question about each video. Chats are lists of messages with "role" and "content"; a list of chats
-                is a batch.
-            batch_size (`int`, *optional*, defaults to the pipeline's, which is 1): chats that run together.
-            prune_ratio (`float`, *optional*): fraction of each video's windows to remove.
-            num_frames (`int`), fps (`float`), max_fps (`int`), *optional*: how frames are sampled.
-            generate_kwargs (`dict`, *optional*), or its items as arguments: settings of `generate`.
-            return_full_text (`bool`, *optional*, defaults to `False`): whether to return the whole chat.
+            videos:
+                A video (`str` or `os.PathLike`: path or http(s) address; or frames as an array of shape
+                `(num_frames, num_channels, height, width)` or `(num_frames, height, width, num_channels)` or as a list
+                of images), a list of videos, or chats as for `text`.
+            text (`str`, `list[str]`, `list[dict]` or `list[list[dict]]`, *optional*):
+                The question for all videos or one for each; or, without `videos`, a chat or a list of chats.
+            batch_size (`int`, *optional*): how many items of a list run at once; 1 if not given.
+            max_new_tokens (`int`, *optional*): how many tokens to generate at most.
+            generate_kwargs (`dict`, *optional*): arguments of the model's `generate`.
+            prune_ratio (`float`, *optional*):
+                Fraction of each video's windows to remove, `0 <= prune_ratio < 1`. The model's own if not given.
+            num_frames (`int`, *optional*): how many frames to sample. The processor's own number if not given.
+            fps (`int` or `float`, *optional*): how many frames a second to sample, instead of `num_frames`.
+            max_fps (`int`, *optional*): at most so many frames a second, with `num_frames`.
+            processor_kwargs (`dict`, *optional*): other arguments of the processor.
+            return_full_text (`bool`, *optional*):
+                Whether `generated_text` begins with what was asked. By default it does for chats only.
+            kwargs: settings of `GenerationConfig`, and arguments of `AnyToAnyPipeline` named in `STOCK_PARAMETERS`.
 
         Returns:
-            `list[dict]` with "input_text" and "generated_text" for one video or chat; a list of these for several.
+            `list[dict]`: with `input_text` and `generated_text`, one for each returned sequence; for a list of videos,
+            questions or chats a list of such lists.
 
         Raises:
-            ValueError: if there is no text, or not as many texts as videos.
+            TypeError: if an argument is not known.
+            ValueError: if videos and texts do not fit together, or a video cannot be read.
         """
-        chats, is_single = _as_chats(videos, text)
-        batch_size = self._batch_size if batch_size is None else batch_size
-        batch_size = 1 if batch_size is None else batch_size
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        _check_names(kwargs)
+        questions, is_list = _make_questions(videos, text)
+        size = next((size for size in (batch_size, self._batch_size) if size is not None), 1)
+        if size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {size}.")
         answers = []
-        for start in range(0, len(chats), batch_size):
-            batch = chats[start : start + batch_size]
-            # Past the stock `__call__`, which takes other arguments, to what it ends in.
-            records = super(AnyToAnyPipeline, self).__call__(ChatBatch(batch), **kwargs)
-            per_chat = len(records) // len(batch)
-            answers += [records[i : i + per_chat] for i in range(0, len(records), per_chat)]
-        return answers[0] if is_single else answers
+        for start in range(0, len(questions), size):
+            # A tuple, because the stock code takes a list apart.
+            answers += Pipeline.__call__(self, tuple(questions[start : start + size]), **kwargs)
+        return answers if is_list else answers[0]
 
-    def _sanitize_parameters(self, prune_ratio=None, generate_kwargs=None, processor_kwargs=None, **kwargs):
-        generation_names = vars(GenerationConfig()).keys() - {"max_new_tokens"}
-        generate_kwargs = dict(generate_kwargs or {})
-        generate_kwargs |= {name: kwargs.pop(name) for name in generation_names & kwargs.keys()}
+    def _sanitize_parameters(
+        self, prune_ratio: float | None = None, processor_kwargs: dict | None = None, **kwargs
+    ) -> tuple[dict, dict, dict]:
+        stock = {name: kwargs[name] for name in STOCK_PARAMETERS if name in kwargs}
+        # A copy, because the stock code writes into it.
+        stock["generate_kwargs"] = dict(kwargs.get("generate_kwargs") or {})
+        stock["generate_kwargs"].update({name: kwargs[name] for name in GENERATION_PARAMETERS & kwargs.keys()})
+        preprocess, forward, postprocess = super()._sanitize_parameters(processor_kwargs=processor_kwargs, **stock)
+        preprocess.update({name: kwargs[name] for name in SAMPLING_PARAMETERS if kwargs.get(name) is not None})
+        if "fps" in preprocess:
+            preprocess.setdefault("num_frames", None)
+        elif "num_frames" in preprocess:
+            preprocess.setdefault("fps", None)
+        if not forward["generate_kwargs"]:
+            # An empty one would replace what the pipeline was made with; likewise the default below.
+            del forward["generate_kwargs"]
         if prune_ratio is not None:
-            generate_kwargs["prune_ratio"] = prune_ratio
-        processor_kwargs = dict(processor_kwargs or {})
-        processor_kwargs |= {name: kwargs.pop(name) for name in ("num_frames", "fps", "max_fps") if name in kwargs}
-        if not kwargs.keys() & {"return_full_text", "return_type", "return_tensors"}:
-            kwargs["return_type"] = ReturnType.NEW_TEXT
-        return super()._sanitize_parameters(
-            generate_kwargs=generate_kwargs, processor_kwargs=processor_kwargs or None, **kwargs
-        )
+            forward["prune_ratio"] = prune_ratio
+        if all(kwargs.get(name) is None for name in ("return_full_text", "return_tensors", "return_type")):
+            postprocess.pop("return_type", None)
+        return preprocess, forward, postprocess
 
-    def preprocess(self, inputs: ChatBatch, continue_final_message=None, processor_kwargs=None, **template_kwargs):
-        last_roles = [chat.messages[-1]["role"] for chat in inputs.chats]
+    def preprocess(
+        self,
+        inputs: tuple[VideoQuestion, ...],
+        continue_final_message: bool | None = None,
+        processor_kwargs: dict | None = None,
+        **sampling,
+    ) -> BatchFeature:
+        """
+        Makes the model's inputs from one batch of questions.
+
+        Args:
+            inputs (`tuple[VideoQuestion]`): the questions.
+            continue_final_message (`bool`, *optional*):
+                Whether chats end in an answer to go on with. By default they do if the last message is the
+                assistant's.
+            processor_kwargs (`dict`, *optional*): arguments of the processor.
+            sampling: `num_frames`, `fps`, `max_fps`.
+
+        Returns:
+            `BatchFeature`: what the processor returns for the batch, padded on the left, and `text`, the prompts.
+
+        Raises:
+            ValueError: if only some chats of the batch end in an answer to go on with.
+        """
+        sampling = {name: value for name, value in sampling.items() if value is not None}
+        processor_kwargs = {"padding": True, "padding_side": "left", **(processor_kwargs or {}), **sampling}
+        if self.processor.chat_template is None and not isinstance(inputs[0].prompt, Chat):
+            model_inputs = self._fill_prompts(inputs, processor_kwargs)
+        else:
+            model_inputs = self._fill_chats(inputs, continue_final_message, processor_kwargs)
+        model_inputs = model_inputs.to(dtype=self.dtype)
+        model_inputs["text"] = [question.prompt for question in inputs]
+        return model_inputs
+
+    def _fill_prompts(self, questions: tuple[VideoQuestion, ...], processor_kwargs: dict) -> BatchFeature:
+        videos = [question.video for question in questions if question.video is not None]
+        placeholder = self.processor.video_token if videos else ""
+        text = [placeholder + question.prompt for question in questions]
+        return self.processor(text=text, videos=videos or None, return_tensors="pt", **processor_kwargs)
+
+    def _fill_chats(
+        self, questions: tuple[VideoQuestion, ...], continue_final_message: bool | None, processor_kwargs: dict
+    ) -> BatchFeature:
+        chats = [question.to_messages() for question in questions]
         if continue_final_message is None:
-            continue_final_message = all(role == "assistant" for role in last_roles)
-        model_inputs = self.processor.apply_chat_template(
-            [chat.messages for chat in inputs.chats],
+            ends = {chat[-1]["role"] == "assistant" for chat in chats}
+            if len(ends) > 1:
+                raise ValueError("In one batch either all chats or none may end in a message of the assistant.")
+            continue_final_message = ends.pop()
+        return self.processor.apply_chat_template(
+            chats,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             add_generation_prompt=not continue_final_message,
             continue_final_message=continue_final_message,
-            processor_kwargs={"padding": True, "padding_side": "left", **(processor_kwargs or {})},
-            **template_kwargs,
-        ).to(dtype=self.dtype)
-        model_inputs["text"] = inputs.chats
-        return model_inputs
+            processor_kwargs=processor_kwargs,
+        )
+
+    def _forward(
+        self, model_inputs: dict, generate_kwargs: dict | None = None, prune_ratio: float | None = None
+    ) -> dict:
+        generate_kwargs = dict(generate_kwargs or {})
+        if prune_ratio is not None:
+            generate_kwargs["prune_ratio"] = prune_ratio
+        return super()._forward(model_inputs, generate_kwargs)
+
+    def postprocess(self, model_outputs: dict, return_type: ReturnType | None = None, **kwargs) -> list[list[dict]]:
+        """
+        Decodes one batch of answers.
+
+        Args:
+            model_outputs (`dict`): what `_forward` returns.
+            return_type (`ReturnType`, *optional*): by default the full chat for chats, else the new text.
+
+        Returns:
+            `list[list[dict]]`: for each question, its answers.
+        """
+        prompts = model_outputs["prompt_text"]
+        if return_type is None:
+            return_type = ReturnType.FULL_TEXT if isinstance(prompts[0], Chat) else ReturnType.NEW_TEXT
+        records = super().postprocess(model_outputs, return_type=return_type, **kwargs)
+        num_answers = len(records) // len(prompts)
+        return [records[start : start + num_answers] for start in range(0, len(records), num_answers)]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """
-        Saves the model, its code, the processor and the tokenizer: a complete hub folder.
+        Saves model, tokenizer and processor, so that `pipeline("video-text-to-text", save_directory)` loads them.
 
         Args:
-            save_directory (`str` or `os.PathLike`): the folder; made where it does not exist.
-            kwargs: see `PreTrainedModel.save_pretrained`.
+            save_directory (`str` or `os.PathLike`): a folder; made if it does not exist.
+            kwargs: as for `Pipeline.save_pretrained`.
         """
         super().save_pretrained(save_directory, **kwargs)
-        self.processor.save_pretrained(save_directory)
+        self.processor.save_pretrained(save_directory, **kwargs)
 
 
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], dict)
+def _check_names(arguments: dict) -> None:
+    unknown = sorted(arguments.keys() - set(PARAMETERS) - GENERATION_PARAMETERS)
+    if unknown:
+        raise TypeError(
+            f"Unknown arguments {unknown}: those of `generate` belong into `generate_kwargs`, those of the processor "
+            f"into `processor_kwargs`; others are {', '.join(PARAMETERS)} and the settings of `GenerationConfig`."
+        )
 
 
-def _as_chats(videos: Any, text: Any) -> tuple[list[Chat], bool]:
-    """The chats to answer, and whether the caller gave one by itself."""
-    given = text if videos is None else videos
-    if _is_chat(given):
-        return [Chat(given)], True
-    if isinstance(given, (list, tuple)) and len(given) > 0 and all(map(_is_chat, given)):
-        return [Chat(chat) for chat in given], False
-    if videos is None:
-        raise ValueError("Give a video and its question as `text`, or chats.")
-    is_single = isinstance(videos, (str, os.PathLike)) or is_valid_video(videos)
-    videos = [videos] if is_single else list(videos)
-    texts = [text] * len(videos) if isinstance(text, str) else list(text or [])
-    if len(texts) != len(videos):
-        raise ValueError(f"Give one `text` for all videos or one for each: got {len(texts)} for {len(videos)} videos.")
-    return [_question(video, question) for video, question in zip(videos, texts)], is_single
+def _make_questions(videos: Any, text: Any) -> tuple[list[VideoQuestion], bool]:
+    """The questions of a call, and whether it asked for a list of answers."""
+    if _are_chats(videos):
+        if text is not None:
+            raise ValueError("Videos and texts of chats belong into their messages; got chats and `text`.")
+        videos, text = None, videos
+    if _are_chats(text):
+        if videos is not None:
+            raise ValueError("Videos of chats belong into their messages; got `videos` and chats.")
+        is_list = not isinstance(text[0], dict)
+        return [VideoQuestion(Chat(chat)) for chat in (text if is_list else [text])], is_list
+    return _pair(videos, text)
 
 
-def _question(video: Any, question: str) -> Chat:
-    content = [{"type": "video", "video": video}, {"type": "text", "text": question}]
-    return Chat([{"role": "user", "content": content}])
+def _are_chats(value: Any) -> bool:
+    """Whether a value is a chat or a list of chats."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    first = value[0][0] if isinstance(value[0], (list, tuple)) and value[0] else value[0]
+    return isinstance(first, dict) and "role" in first
+
+
+def _pair(videos: Any, text: Any) -> tuple[list[VideoQuestion], bool]:
+    videos_are_list, text_is_list = _is_video_list(videos), isinstance(text, (list, tuple))
+    texts = list(text) if text_is_list else [text]
+    if not texts or not all(isinstance(one, str) for one in texts):
+        raise ValueError(f"`text` must be a string, a list of strings, or chats, got {text!r}.")
+    if not videos_are_list:
+        if videos is not None and len(texts) != 1:
+            raise ValueError(f"Got 1 video and {len(texts)} texts; give one text or a list of videos as long.")
+        return [VideoQuestion(one, videos) for one in texts], text_is_list
+    if not text_is_list:
+        texts = texts * len(videos)
+    if len(videos) != len(texts) or not texts:
+        raise ValueError(f"Got {len(videos)} videos and {len(texts)} texts; give one text or as many texts as videos.")
+    return [VideoQuestion(one, video) for one, video in zip(texts, videos)], True
+
+
+def _is_video_list(videos: Any) -> bool:
+    """Whether this is several videos (also as one array with five dimensions), not one (also as a list of frames)."""
+    if isinstance(videos, (np.ndarray, torch.Tensor)):
+        return videos.ndim == 5
+    return isinstance(videos, (list, tuple)) and not is_valid_video(videos)
 
 
 __all__ = ["VideoTextToTextPipeline"]

@@ -1,119 +1,223 @@
-"""Decodes a video file with PyAV, keeping only the frames that were asked for."""
+"""Reads the sampled frames of a video file with PyAV. Knows no video language model."""
 
 import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
+from huggingface_hub.utils import httpx
 from transformers.video_utils import VideoMetadata
 
 
-def read_video(path: str, sample_indices_fn: Callable) -> tuple[np.ndarray, VideoMetadata]:
+class FrameCount(NamedTuple):
     """
-    Decodes the sampled frames of a video, in one pass from the start.
+    How many frames a file is expected to have.
+
+    num_frames (`int`).
+    is_declared (`bool`): whether the container's header says so; else packets were counted.
+    """
+
+    num_frames: int
+    is_declared: bool
+
+
+class SampledVideo(NamedTuple):
+    """
+    frames (`np.ndarray` of shape `(num_frames, height, width, 3)`, uint8): RGB; those past the end are undefined.
+    metadata (`VideoMetadata`): of the file, with the sampled `frames_indices`.
+    num_decoded (`int`): frames decoded, up to the last sampled one or the end.
+    is_complete (`bool`): whether all sampled frames were decoded.
+    error (`Exception`, *optional*): what ended the decoding too early.
+    """
+
+    frames: np.ndarray
+    metadata: VideoMetadata
+    num_decoded: int
+    is_complete: bool
+    error: Exception | None
+
+
+def read_video(
+    path: str | os.PathLike, sample_indices_fn: Callable[..., Any] | None = None
+) -> tuple[np.ndarray, VideoMetadata]:
+    """
+    Decodes a file once, in order, and keeps the sampled frames only.
+
+    A file that ends at most `max(2, 2 %)` frames before its header says so is sampled again from its real number of
+    frames. Rotated recordings (phones) are turned upright.
 
     Args:
-        path (`str`): a file, or a URL that FFmpeg opens.
-        sample_indices_fn (`Callable`):
-            Called with `metadata=` (`VideoMetadata`); returns the indices of the frames to keep, rising, from 0.
+        path (`str` or `os.PathLike`): a local file, or an http(s) address.
+        sample_indices_fn (`Callable`, *optional*):
+            Called as `sample_indices_fn(metadata=metadata)`, returns ascending, unique frame indices in
+            `[0, metadata.total_num_frames)`. All frames if not given.
 
     Returns:
-        `tuple[np.ndarray, VideoMetadata]`: RGB frames of shape `(num_frames, height, width, 3)`, uint8, and where they
-        come from; a frame's time in seconds is its index divided by `fps`.
+        `tuple`: frames, `np.ndarray` of shape `(num_frames, height, width, 3)`, uint8, RGB; and their
+        `VideoMetadata`: `fps` is the average rate in frames per second, `duration` in seconds, `width` and `height`
+        in pixels, `frames_indices` as sampled.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no readable video, or ends much earlier than its header says.
+        ValueError: if the path is not a file with a video stream whose sampled frames can all be decoded.
+        ImportError: if PyAV is not installed.
     """
-    _check_file(path)
-    metadata = _read_metadata(path)
-    frames, num_decoded = _decode(path, metadata, sample_indices_fn)
-    if len(frames) < len(metadata.frames_indices):
-        _check_not_truncated(path, metadata.total_num_frames, num_decoded)
-        # Headers are often a frame or two off. What can be decoded counts.
-        metadata.total_num_frames = num_decoded
-        frames, _ = _decode(path, metadata, sample_indices_fn)
-    return np.stack(frames), metadata
+    path = os.fspath(path)
+    source = _find_source(path)
+    expected = _count_frames(path, source)
+    video = _sample(path, source, expected.num_frames, sample_indices_fn)
+    if not video.is_complete:
+        _check_end(path, expected, video)
+        video = _sample(path, source, video.num_decoded, sample_indices_fn)
+    if not video.is_complete:
+        raise ValueError(f"Frame {video.num_decoded} of {path} cannot be decoded: {video.error}") from video.error
+    return video.frames, video.metadata
 
 
 def paths_as_strings(videos: Any) -> Any:
-    """Videos with every `pathlib.Path` in them, at any depth of lists, as a string, which transformers expects."""
-    if isinstance(videos, Path):
-        return str(videos)
+    """Turns every path object of a video input, nested lists included, into a string."""
+    if isinstance(videos, os.PathLike):
+        return os.fspath(videos)
     if isinstance(videos, (list, tuple)):
         return [paths_as_strings(video) for video in videos]
     return videos
 
 
-def _check_file(path: str) -> None:
-    if "://" in path:
-        return
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"There is no video file {path!r}.")
+def _find_source(path: str) -> str | bytes:
+    """An absolute path (a relative one with a colon would be read as an address), or what was downloaded."""
+    if path.startswith(("http://", "https://")):
+        return _download(path)
     if os.path.isdir(path):
-        raise ValueError(f"{path!r} is a folder. A video must be a file, or frames given as arrays.")
-    if os.path.getsize(path) == 0:
-        raise ValueError(f"The video file {path!r} is empty (0 bytes).")
+        raise ValueError(f"{path} is a directory; a video must be a file or an http(s) address.")
+    if not os.path.exists(path):
+        raise ValueError(f"{path} does not exist; a video must be a file or an http(s) address.")
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        raise ValueError(f"{path} is empty (0 bytes), so it is not a video.")
+    return os.path.abspath(path)
 
 
-def _check_not_truncated(path: str, num_declared: int, num_decoded: int) -> None:
-    if num_declared - num_decoded > max(2, num_declared // 50) or num_decoded == 0:
-        raise ValueError(
-            f"The video {path!r} says that it has {num_declared} frames, but only {num_decoded} can be decoded. It is "
-            "truncated or damaged."
-        )
-
-
-def _open(path: str):
-    import av
-
+def _download(url: str) -> bytes:
     try:
-        container = av.open(path)
-    except av.FFmpegError as error:
-        raise ValueError(f"{path!r} cannot be read as a video: {error.strerror}.") from error
-    if not container.streams.video:
-        container.close()
-        raise ValueError(f"{path!r} has no video stream.")
-    container.streams.video[0].thread_type = "AUTO"
-    return container
+        content = httpx.get(url, follow_redirects=True).raise_for_status().content
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ValueError(f"{url} cannot be downloaded: {error}") from error
+    if not content:
+        raise ValueError(f"{url} is empty (0 bytes), so it is not a video.")
+    return content
 
 
-def _read_metadata(path: str) -> VideoMetadata:
-    with _open(path) as container:
-        stream = container.streams.video[0]
-        num_frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-        if num_frames == 0:
-            raise ValueError(f"The video {path!r} has no frames.")
-        rate = stream.average_rate or stream.guessed_rate
-        return VideoMetadata(
-            total_num_frames=num_frames,
-            fps=float(rate) if rate else None,
-            duration=num_frames / float(rate) if rate else None,
-            width=stream.width,
-            height=stream.height,
-            video_backend="pyav",
-        )
+def _import_av() -> ModuleType:
+    # In a `try`, or loading a hub folder would need PyAV even where no video is decoded.
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("Decoding a video file needs PyAV: pip install av") from error
+    return av
 
 
-def _decode(path: str, metadata: VideoMetadata, sample_indices_fn: Callable) -> tuple[list[np.ndarray], int]:
-    """The sampled frames, and how many frames were decoded until the last of them or the end."""
-    import av
+@contextmanager
+def _open_stream(path: str, source: str | bytes) -> Iterator[Any]:
+    av = _import_av()
+    try:
+        with av.open(BytesIO(source) if isinstance(source, bytes) else source, metadata_errors="replace") as container:
+            yield _video_stream(path, container)
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path} is not a video that FFmpeg can read: {error}") from error
 
-    metadata.frames_indices = [int(idx) for idx in sample_indices_fn(metadata=metadata)]
-    wanted, frames, num_decoded = set(metadata.frames_indices), [], 0
-    with _open(path) as container:
-        try:
-            for frame in container.decode(video=0):
-                if num_decoded in wanted:
-                    frames.append(frame.to_ndarray(format="rgb24"))
-                num_decoded += 1
-                if len(frames) == len(wanted):
-                    break
-        except av.FFmpegError:
-            # What was decoded before the damage tells whether it was enough.
-            pass
-    return frames, num_decoded
+
+def _video_stream(path: str, container: Any) -> Any:
+    # FFmpeg draws plain text files as if they were terminal animations.
+    if container.format.name == "tty":
+        raise ValueError(f"{path} is a text file, not a video.")
+    cover_image = _import_av().stream.Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & cover_image]
+    if not streams:
+        raise ValueError(f"{path} has no video stream (streams: {[stream.type for stream in container.streams]}).")
+    streams[0].thread_type = "AUTO"
+    return streams[0]
+
+
+def _count_frames(path: str, source: str | bytes) -> FrameCount:
+    with _open_stream(path, source) as stream:
+        if stream.frames and not _is_trimmed(stream):
+            return FrameCount(stream.frames, is_declared=True)
+        packets = stream.container.demux(stream)
+        num_frames = sum(packet.size > 0 and not packet.is_discard for packet in packets)
+    if num_frames == 0:
+        raise ValueError(f"{path} has a video stream without frames.")
+    return FrameCount(num_frames, is_declared=False)
+
+
+def _is_trimmed(stream: Any) -> bool:
+    """Whether an edit list hides frames that the header counts."""
+    if stream.duration is None or not stream.average_rate:
+        return False
+    shown = stream.duration * stream.time_base * stream.average_rate
+    return shown < stream.frames - _tolerance(stream.frames)
+
+
+def _tolerance(num_frames: int) -> float:
+    return max(2, 0.02 * num_frames)
+
+
+def _sample(path: str, source: str | bytes, num_frames: int, sample_indices_fn: Callable | None) -> SampledVideo:
+    with _open_stream(path, source) as stream:
+        metadata = _metadata(stream, num_frames)
+        indices = list(range(num_frames)) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
+        video = _decode(stream, [int(index) for index in indices], metadata)
+    metadata.frames_indices = indices
+    metadata.height, metadata.width = video.frames.shape[1:3]
+    return video
+
+
+def _metadata(stream: Any, num_frames: int) -> VideoMetadata:
+    fps = float(stream.average_rate) if stream.average_rate else None
+    return VideoMetadata(
+        total_num_frames=num_frames,
+        fps=fps,
+        duration=num_frames / fps if fps else None,
+        width=stream.width,
+        height=stream.height,
+        video_backend="pyav",
+    )
+
+
+def _decode(stream: Any, indices: list[int], metadata: VideoMetadata) -> SampledVideo:
+    slots = {index: slot for slot, index in enumerate(indices)}
+    frames = np.empty((len(indices), 0, 0, 3), dtype=np.uint8)
+    num_decoded, error = 0, None
+    try:
+        for index, frame in enumerate(stream.container.decode(stream)):
+            num_decoded = index + 1
+            if index in slots:
+                image = _upright_rgb(frame, metadata)
+                if slots[index] == 0:
+                    frames = np.empty((len(indices), *image.shape), dtype=np.uint8)
+                frames[slots[index]] = image
+            if index == indices[-1]:
+                break
+    except _import_av().error.FFmpegError as decode_error:
+        error = decode_error
+    return SampledVideo(frames, metadata, num_decoded, num_decoded > indices[-1], error)
+
+
+def _upright_rgb(frame: Any, metadata: VideoMetadata) -> np.ndarray:
+    # The size may change within a stream; all frames get the first one's.
+    image = frame.to_ndarray(format="rgb24", width=metadata.width, height=metadata.height)
+    return np.rot90(image, round(frame.rotation / 90))
+
+
+def _check_end(path: str, expected: FrameCount, video: SampledVideo) -> None:
+    """Raises for a file that ends too early. Counted packets need not all hold a frame, so there any end is fine."""
+    missing = expected.num_frames - video.num_decoded
+    is_broken = expected.is_declared or video.error is not None
+    if video.num_decoded == 0 or (is_broken and missing > _tolerance(expected.num_frames)):
+        raise ValueError(
+            f"{path} should have {expected.num_frames} frames, but only {video.num_decoded} can be decoded "
+            f"(truncated or damaged?): {video.error or 'the file ends there'}."
+        ) from video.error
 
 
 __all__ = ["paths_as_strings", "read_video"]

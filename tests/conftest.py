@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 
@@ -22,6 +21,8 @@ def tiny_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory) -> Path:
     """A real MP4 of 20 frames, 64 x 64 pixels, 4 frames a second: a bright square moves over a gradient."""
+    import av  # numbers are also tested on machines without it
+
     path = tmp_path_factory.mktemp("clip") / "clip.mp4"
     gradient = np.linspace(0, 120, 64, dtype=np.uint8)
     with av.open(str(path), mode="w") as container:

@@ -12,7 +12,10 @@ PAD = 256  # the tiny tokenizer's <|endoftext|>
 
 def lively_model(weight_seed=0, **stts):
     """The tiny model with weights large enough that every token changes the answer, and no end of sequence."""
-    model = tiny_model(**stts)
+    return enliven(tiny_model(**stts), weight_seed)
+
+
+def enliven(model, weight_seed=0):
     generator = torch.Generator().manual_seed(weight_seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -6,6 +6,7 @@ import torch
 from inputs import NUM_WINDOWS, PLACEHOLDER, lively_model, row_of, video_inputs
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
+from hub_upload.tiny import tiny_config, tiny_processor
 from modeling_stts.stts_selection import count_pruned_windows
 
 
@@ -375,3 +376,27 @@ def test_compact_positions_cannot_be_given():
 def test_image_and_video_together_are_refused_as_natively(model):
     with pytest.raises(ValueError, match="pixel_values and pixel_values_videos are provided at the same time"):
         model(**video_inputs((2,)), pixel_values=torch.zeros(1, 729, 12))
+
+
+# --- from a file to the cut prompt ---
+
+
+def test_tokens_after_a_timestamp_are_that_frames(clip):
+    """The cut prompt still reads 'time <frame_start> kept tokens <frame_end>' for every frame."""
+    model, config = lively_model(), tiny_config()
+    processor = tiny_processor(config)
+    chat = [{"role": "user", "content": [{"type": "video", "path": str(clip)}, {"type": "text", "text": "What?"}]}]
+    inputs = processor.apply_chat_template(
+        chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        video = model.get_video_features(**videos_of(inputs), prune_ratio=0.8)
+        cut = inputs["input_ids"][0, model(**inputs, prune_ratio=0.8).kept_token_idx[0]].tolist()
+    starts = [i for i, token in enumerate(cut) if token == config.frame_start_token_id]
+    ends = [i for i, token in enumerate(cut) if token == config.frame_end_token_id]
+    kept_by_frame = video.keep_masks[0].sum(1).tolist()
+    assert [end - start - 1 for start, end in zip(starts, ends)] == kept_by_frame
+    assert len(set(kept_by_frame)) > 1
+    texts = [processor.decode(cut[start - 4 : start]) for start in starts]
+    # 20 frames at 4 a second, 8 of them: every second and a half frame, rounded down.
+    assert texts == [f"{frame / 4:.1f} " for frame in (0, 2, 5, 7, 10, 12, 15, 17)]

@@ -1,0 +1,222 @@
+import functools
+import http.server
+import sys
+import threading
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from clips import number_image, read_numbers, silence, write_audio, write_clip
+
+from modeling_stts.stts_video import paths_as_strings, read_video
+
+
+def every(step):
+    return lambda metadata: list(range(0, metadata.total_num_frames, step))
+
+
+def last(metadata):
+    return [0, metadata.total_num_frames - 1]
+
+
+def cut_file(path, share):
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    return path
+
+
+@pytest.fixture
+def server(tmp_path):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+# Matroska, WebM and MPEG-TS do not say how many frames they have; the packets are counted.
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("a.mp4", {}),
+        ("a.avi", {}),
+        ("a.mkv", {}),
+        ("a.webm", {"codec": "libvpx"}),
+        ("a.ts", {"codec": "mpeg2video", "fps": 25}),
+    ],
+)
+def test_exactly_the_asked_frames_come(tmp_path, name, options):
+    path = write_clip(tmp_path / name, 23, **options)
+    frames, metadata = read_video(path, every(4))
+    assert read_numbers(frames) == metadata.frames_indices == [0, 4, 8, 12, 16, 20]
+    assert frames.dtype == np.uint8 and frames.shape == (6, 64, 64, 3)
+    assert metadata.total_num_frames == 23
+
+
+def test_metadata(tmp_path):
+    _, metadata = read_video(write_clip(tmp_path / "a.mp4", 10, fps=4), every(5))
+    assert dict(metadata) == {
+        "total_num_frames": 10,
+        "fps": 4.0,
+        "width": 64,
+        "height": 64,
+        "duration": 2.5,
+        "video_backend": "pyav",
+        "frames_indices": [0, 5],
+    }
+
+
+def test_all_frames_without_sampling(tmp_path):
+    frames, metadata = read_video(str(write_clip(tmp_path / "a.mp4", 7)))
+    assert read_numbers(frames) == metadata.frames_indices == list(range(7))
+
+
+def test_one_frame(tmp_path):
+    frames, metadata = read_video(write_clip(tmp_path / "a.mp4", 1), every(3))
+    assert read_numbers(frames) == [0]
+    assert metadata.total_num_frames == 1
+
+
+def test_frames_that_an_edit_list_hides_do_not_count(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", 30, first_pts=-12, avoid_negative_ts="disabled")
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 30
+    frames, metadata = read_video(path, every(5))
+    assert (metadata.total_num_frames, metadata.duration) == (18, 4.5)
+    assert read_numbers(frames) == [12, 17, 22, 27]
+
+
+@pytest.mark.parametrize("degrees", [90, 180, -90])
+def test_rotated_recordings_are_turned_upright(tmp_path, degrees):
+    frames, _ = read_video(write_clip(tmp_path / "a.mp4", 6, rotation=degrees), last)
+    upright = np.rot90(number_image(5), degrees // 90)
+    assert np.array_equal(frames[1] > 127, upright > 127)
+
+
+def test_size_follows_the_rotation(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), mode="w") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        stream.set_display_rotation(90)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(number_image(1)[:32], format="rgb24")))
+        container.mux(stream.encode())
+    frames, metadata = read_video(tmp_path / "a.mp4")
+    assert frames.shape == (1, 64, 32, 3)
+    assert (metadata.height, metadata.width) == (64, 32)
+
+
+def test_a_relative_name_with_a_colon_is_a_file(tmp_path, monkeypatch):
+    write_clip(tmp_path / "a.mp4", 3).rename(tmp_path / "clip: one.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert read_numbers(read_video("clip: one.mp4")[0]) == [0, 1, 2]
+
+
+def test_addresses_are_downloaded(tmp_path, server):
+    write_clip(tmp_path / "a.mkv", 6)
+    frames, _ = read_video(f"{server}/a.mkv", every(2))
+    assert read_numbers(frames) == [0, 2, 4]
+    (tmp_path / "empty.mp4").touch()
+    for name, message in {"missing.mp4": "404", "empty.mp4": "0 bytes"}.items():
+        with pytest.raises(ValueError, match=f"{server}/{name} .*{message}"):
+            read_video(f"{server}/{name}")
+
+
+def test_an_unreachable_address_is_named():
+    with pytest.raises(ValueError, match="http://127.0.0.1:9/a.mp4 cannot be downloaded"):
+        read_video("http://127.0.0.1:9/a.mp4")
+
+
+@pytest.mark.parametrize("share, real", [(0.985, 196), (0.995, 198)])
+def test_a_file_that_ends_a_little_early_is_sampled_again(tmp_path, share, real):
+    path = cut_file(write_clip(tmp_path / "a.mp4", 200, movflags="faststart"), share)
+    frames, metadata = read_video(path, every(5))
+    assert read_numbers(frames)[:-1] == list(range(0, 195, 5))
+    _, metadata = read_video(path, last)
+    assert abs(metadata.total_num_frames - real) <= 1
+    assert metadata.duration == metadata.total_num_frames / 4
+    assert metadata.frames_indices == [0, metadata.total_num_frames - 1]
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    path = cut_file(write_clip(tmp_path / "a.mp4", 200, movflags="faststart"), 0.6)
+    with pytest.raises(ValueError, match=r"a\.mp4 should have 200 frames, but only \d+ can be decoded \(truncated"):
+        read_video(path, every(5))
+
+
+def test_a_truncated_file_without_its_index_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.mp4 is not a video that FFmpeg can read"):
+        read_video(cut_file(write_clip(tmp_path / "a.mp4", 50), 0.6))
+
+
+def test_damaged_frames_are_refused(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", 100, codec="libx264", movflags="faststart")
+    content = bytearray(path.read_bytes())
+    start = content.index(b"mdat") + 4
+    content[start:] = bytes(len(content) - start)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.mp4 should have 100 frames, but only 0 can be decoded"):
+        read_video(path)
+
+
+def test_a_directory_or_missing_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} is a directory"):
+        read_video(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path}/nothing.mp4 does not exist"):
+        read_video(tmp_path / "nothing.mp4")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.mp4", b"", r"a\.mp4 is empty \(0 bytes\)"),
+        ("a.mp4", b"hello" * 500, r"a\.mp4 is not a video that FFmpeg can read"),
+        ("a.txt", b"hello world\n" * 100, r"a\.txt is a text file"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_video(tmp_path / name)
+
+
+@pytest.mark.parametrize("cover", [False, True])
+def test_sound_without_video_is_refused(tmp_path, cover):
+    with pytest.raises(ValueError, match=r"a\.mp4 has no video stream"):
+        read_video(write_audio(tmp_path / "a.mp4", cover))
+
+
+def test_a_video_stream_without_frames_is_refused(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), mode="w") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        sound = container.add_stream("aac", rate=16000)
+        container.mux(sound.encode(silence()))
+        container.mux(sound.encode())
+    with pytest.raises(ValueError, match=r"a\.mkv has a video stream without frames"):
+        read_video(tmp_path / "a.mkv")
+
+
+def test_missing_pyav_is_named(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "a.mp4", 1)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match="pip install av"):
+        read_video(path)
+
+
+def test_files_are_closed(tmp_path):
+    before = set(Path("/proc/self/fd").iterdir()) if Path("/proc/self/fd").is_dir() else set()
+    path = write_clip(tmp_path / "a.mp4", 3)
+    (tmp_path / "b.mp4").write_bytes(b"hello" * 500)
+    read_video(path)
+    for bad in (tmp_path / "b.mp4", write_audio(tmp_path / "c.mp4")):
+        with pytest.raises(ValueError):
+            read_video(bad)
+    after = set(Path("/proc/self/fd").iterdir()) if before else set()
+    assert len(after) == len(before)
+
+
+def test_paths_as_strings():
+    frames = np.zeros((2, 4, 4, 3))
+    assert paths_as_strings([[Path("a.mp4")], ["b.mp4"], []]) == [["a.mp4"], ["b.mp4"], []]
+    assert paths_as_strings(Path("a.mp4")) == "a.mp4"
+    assert paths_as_strings(frames) is frames and paths_as_strings(None) is None

@@ -1,0 +1,212 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clips import number_image, write_clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoVideoProcessor, Molmo2VideoProcessor
+from transformers.video_utils import VideoMetadata
+
+from hub_upload.tiny import tiny_config, tiny_processor
+from modeling_stts import Molmo2SttsVideoProcessor
+
+
+GEOMETRY = {"size": {"height": 54, "width": 54}, "patch_size": 2, "do_rescale": True, "do_normalize": True}
+
+
+def make(**sampling):
+    return Molmo2SttsVideoProcessor(**GEOMETRY, **sampling)
+
+
+def sampled(processor, videos, **kwargs):
+    """The sampled indices of each video, by the metadata and by the pixels."""
+    out = processor(videos, return_metadata=True, return_tensors="pt", **kwargs)
+    counts = out["video_grids"][:, 0].tolist()
+    said = [[int(index) for index in metadata.frames_indices] for metadata in out["video_metadata"]]
+    assert [len(indices) for indices in said] == counts
+    return said, [part.tolist() for part in numbers_of(out["pixel_values_videos"]).split(counts)]
+
+
+def numbers_of(patches):
+    """The frame numbers that the patches show: stripe by stripe, at the middle of the second patch row."""
+    columns = torch.tensor([int((bit + 0.5) * 27 / 8) for bit in range(8)])
+    bright = patches[:, 27 + columns].mean(-1) > 0
+    return (bright * 2 ** torch.arange(8)).sum(-1)
+
+
+def frames(num_frames):
+    return np.stack([number_image(i) for i in range(num_frames)])
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """24 frames at 4 a second: 6 seconds."""
+    return write_clip(tmp_path_factory.mktemp("clips") / "a.mp4", 24, fps=4)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clips") / "b.mp4", 3, fps=4)
+
+
+# 24 frames, 4 a second. `num_frames` = n takes every 24 / n-th, but with `max_fps` = 2 (the default) at most 12.
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ({"num_frames": 1}, [0]),
+        ({"num_frames": 4}, [0, 6, 12, 18]),
+        ({"num_frames": 5}, [0, 4, 9, 14, 19]),
+        ({"num_frames": 12}, list(range(0, 24, 2))),
+        ({"num_frames": 20}, list(range(0, 24, 2))),
+        ({"num_frames": 24, "max_fps": 4}, list(range(24))),
+        ({"num_frames": 1000, "max_fps": 30}, list(range(24))),
+        ({"num_frames": 8, "max_fps": 1}, [0, 4, 8, 12, 16, 20]),
+        ({"max_fps": 1}, [0, 4, 8, 12, 16, 20]),
+        ({"fps": 1}, [0, 4, 8, 12, 16, 20]),
+        ({"fps": 0.5}, [0, 8, 16]),
+        ({"fps": 0.01}, [0]),
+        ({"fps": 4}, list(range(24))),
+        ({"fps": 60.0}, list(range(24))),
+        ({}, [0, 3, 6, 9, 12, 15, 18, 21]),
+    ],
+)
+def test_sampled_frames(path, arguments, expected):
+    said, seen = sampled(make(num_frames=8), path, **arguments)
+    assert said == seen == [expected]
+
+
+@pytest.mark.parametrize("saved", [{"num_frames": 3}, {"fps": 0.5}, {"max_fps": 1, "num_frames": 4}])
+def test_saved_sampling_is_used_and_a_call_replaces_it(path, tmp_path, saved):
+    make(**saved).save_pretrained(tmp_path)
+    processor = Molmo2SttsVideoProcessor.from_pretrained(tmp_path)
+    assert len(sampled(processor, path)[0][0]) == saved.get("num_frames", 3)
+    assert sampled(processor, path, num_frames=2)[1] == [[0, 12]]
+    assert sampled(processor, path, fps=1)[1] == [[0, 4, 8, 12, 16, 20]]
+
+
+def test_every_frame_without_sampling(path):
+    assert sampled(make(), path, do_sample_frames=False)[1] == [list(range(24))]
+
+
+def test_a_shorter_video_gives_all_its_frames(short):
+    assert sampled(make(max_fps=100), [short], num_frames=64)[1] == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("as_type", [str, Path])
+def test_paths_alone_in_lists_and_in_nested_lists(path, short, as_type):
+    processor, paths = make(max_fps=4), [as_type(path), as_type(short)]
+    long, all_three = [0, 6, 12, 18], [0, 1, 2]
+    assert sampled(processor, paths[0], num_frames=4)[1] == [long]
+    assert sampled(processor, paths, num_frames=4)[1] == [long, all_three]
+    assert sampled(processor, [[paths[0]], [], [paths[1]]], num_frames=4)[1] == [long, all_three]
+
+
+@pytest.mark.parametrize(
+    "as_video",
+    [
+        lambda video: video,
+        torch.from_numpy,
+        lambda video: torch.from_numpy(video).permute(0, 3, 1, 2),
+        list,
+        lambda video: [Image.fromarray(frame) for frame in video],
+    ],
+    ids=["numpy", "torch", "torch, channels first", "list of arrays", "list of images"],
+)
+def test_frames_as_arrays(as_video):
+    videos = [as_video(frames(24)), as_video(frames(5))]
+    metadata = [{"total_num_frames": 24, "fps": 4.0}, {"total_num_frames": 5, "fps": 4.0}]
+    given = {"video_metadata": metadata, "num_frames": 4}
+    assert sampled(make(), videos, **given)[1] == [[0, 6, 12, 18], [0, 2]]
+    assert sampled(make(), videos[0], video_metadata=metadata[:1], fps=1)[1] == [[0, 4, 8, 12, 16, 20]]
+    assert sampled(make(), [videos[1:]], do_sample_frames=False)[1] == [[0, 1, 2, 3, 4]]
+
+
+def test_a_file_and_its_frames_give_the_same(path):
+    expected = make()(frames(24), video_metadata=[{"total_num_frames": 24, "fps": 4.0}], return_tensors="pt")
+    actual = make()(path, return_tensors="pt")
+    for name in ("video_token_pooling", "video_grids"):
+        assert torch.equal(actual[name], expected[name])
+    assert (actual["pixel_values_videos"] - expected["pixel_values_videos"]).abs().max() < 0.25  # lossy compression
+
+
+def test_equals_the_native_processor_on_arrays():
+    native = Molmo2VideoProcessor(**GEOMETRY, num_frames=6)
+    given = {"video_metadata": [{"total_num_frames": 24, "fps": 4.0}], "return_tensors": "pt"}
+    expected, actual = native(frames(24), **given), make(num_frames=6)(frames(24), **given)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@settings(max_examples=300, deadline=None)
+@given(total=st.integers(1, 5000), num_frames=st.integers(1, 600))
+def test_sampling_by_number(total, num_frames):
+    metadata = VideoMetadata(total_num_frames=total, fps=1.0, duration=float(total))
+    indices = make().sample_frames(metadata, num_frames=num_frames).tolist()
+    assert indices[0] == 0 and indices[-1] < total
+    assert indices == sorted(set(indices))
+    assert len(indices) == min(num_frames, total)
+
+
+@settings(max_examples=300, deadline=None)
+@given(total=st.integers(1, 5000), rate=st.floats(0.1, 240), fps=st.floats(0.01, 300))
+def test_sampling_by_rate(total, rate, fps):
+    metadata = VideoMetadata(total_num_frames=total, fps=rate, duration=total / rate)
+    indices = make().sample_frames(metadata, fps=fps).tolist()
+    assert indices[0] == 0 and indices[-1] < total
+    assert indices == sorted(set(indices))
+    assert len(indices) == min(max(int(total / rate * fps), 1), total)
+
+
+def test_natively_an_index_past_the_end_can_come():
+    """The reason for `sample_frames`; when this fails, the override can go."""
+    metadata = VideoMetadata(total_num_frames=17, fps=1.0)
+    assert Molmo2VideoProcessor().sample_frames(metadata, num_frames=7).tolist()[-1] == 17
+    assert make().sample_frames(metadata, num_frames=7).tolist() == [0, 2, 4, 7, 9, 12, 14]
+
+
+@pytest.mark.parametrize("name", ["num_frames", "fps", "max_fps"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_numbers_that_are_not_positive_are_refused(path, name, value):
+    message = f"`{name}` must be a positive number, got {value}"
+    for video in (path, frames(3)):
+        with pytest.raises(ValueError, match=message):
+            make()(video, **{name: value})
+    with pytest.raises(ValueError, match=message):
+        make(**{name: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_rate_must_be_a_number(path, value):
+    with pytest.raises(ValueError, match=f"`fps` must be a positive number, got {value}"):
+        make()(path, fps=value)
+
+
+def test_number_and_rate_together_are_refused(path):
+    message = "Only one of `num_frames` and `fps` may be given, got num_frames=4 and fps=2"
+    with pytest.raises(ValueError, match=message):
+        make()(path, num_frames=4, fps=2)
+    with pytest.raises(ValueError, match=message):
+        make(num_frames=4, fps=2)
+
+
+def test_bad_videos_are_refused(path, tmp_path):
+    with pytest.raises(ValueError, match=r"nothing\.mp4 does not exist"):
+        make()([path, tmp_path / "nothing.mp4"])
+    with pytest.raises(ValueError, match="at least one frame, got 0"):
+        make()(np.zeros((0, 64, 64, 3), dtype=np.uint8))
+    for mixed in ([path, frames(3)], [frames(3), path]):
+        with pytest.raises(ValueError, match="all paths or all frames"):
+            make()(mixed)
+
+
+def test_auto_class_loads_ours(tmp_path):
+    tiny_processor(tiny_config()).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "processor_config.json").read_text())["video_processor"]
+    assert saved["auto_map"]["AutoVideoProcessor"] == "video_processing_molmo2_stts.Molmo2SttsVideoProcessor"
+    processor = AutoVideoProcessor.from_pretrained(tmp_path, num_frames=3)
+    assert type(processor) is Molmo2SttsVideoProcessor
+    assert (processor.num_frames, processor.max_fps) == (3, 2)
