@@ -58,13 +58,12 @@ def ask(model, processor, video: str, question: str, num_frames: int | None, pru
     num_tokens = inputs["input_ids"].shape[1]
     print(f"{video}: {videos['video_grids'][0, 0]} frames, decoded and prepared in {decode_ms:.0f} ms")
     print(f"{'pruned':>6} {'video tokens':>12} {'prompt tokens':>13} {'vision ms':>9} {'all ms':>7}  answer")
+    generation = {"max_new_tokens": 16, "do_sample": False}
     with torch.no_grad():
-        model.get_video_features(**videos)  # the first run of everything is slower
         for ratio in prune_ratios:
+            model.generate(**inputs, prune_ratio=ratio, **generation)  # the first run of everything is slower
             features, vision_ms = milliseconds(model.get_video_features, **videos, prune_ratio=ratio)
-            output, all_ms = milliseconds(
-                model.generate, **inputs, prune_ratio=ratio, max_new_tokens=16, do_sample=False
-            )
+            output, all_ms = milliseconds(model.generate, **inputs, prune_ratio=ratio, **generation)
             kept, dropped = sum(map(len, features.pooler_output)), features.num_pruned
             answer = processor.decode(output[0, num_tokens:], skip_special_tokens=True)
             columns = f"{ratio:6.0%} {kept:12} {num_tokens - dropped:13} {vision_ms:9.0f} {all_ms:7.0f}"
