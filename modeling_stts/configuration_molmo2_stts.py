@@ -49,6 +49,11 @@ class Molmo2SttsConfig(Molmo2Config):
         pipelines = {} if self.pipeline_is_registered else CUSTOM_PIPELINES
         self.custom_pipelines = {task: dict(info) for task, info in pipelines.items()}
         self.stts_config.check_num_layers(self.vision_config.num_hidden_layers)
+        if self.vision_config.attention_dropout != 0:
+            raise ValueError(
+                f"Pruned ViT blocks have no attention dropout, so `vision_config.attention_dropout` must be 0, got "
+                f"{self.vision_config.attention_dropout}."
+            )
 
     def to_dict(self):
         # `pipeline()` puts classes into the loaded `custom_pipelines`, and classes cannot be written as JSON.

@@ -300,14 +300,10 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
         """Biases of shape `(num_frames, 1, 1, num_patches)`; videos of which nothing is pruned get zeros."""
         if self.stts_config.method != "scorer":
             return None
-        biases = [
-            score_to_key_bias(video.unflatten(1, (plan.num_rows, plan.num_cols)), self.stts_config.bias_floor).flatten(
-                1
-            )
-            if num_pruned > 0
-            else torch.zeros_like(video)
-            for video, num_pruned in zip(scores, plan.num_pruned)
-        ]
+        biases = []
+        for video, num_pruned in zip(scores, plan.num_pruned):
+            bias = score_to_key_bias(video.unflatten(1, (plan.num_rows, plan.num_cols)), self.stts_config.bias_floor)
+            biases.append(bias.flatten(1) if num_pruned > 0 else torch.zeros_like(video))
         return torch.cat(biases).repeat_interleave(patches_per_window, dim=1)[:, None, None]
 
     def _temporal_loss(
@@ -710,12 +706,15 @@ class Molmo2SttsForConditionalGeneration(SttsGenerationMixin, Molmo2ForCondition
             labels=None if cut is None else inputs["labels"],
             temporal_loss=None if video is None else video.temporal_loss,
         )
+        self._add_temporal_loss(outputs)
+        return outputs
+
+    def _add_temporal_loss(self, outputs: Molmo2SttsCausalLMOutputWithPast) -> None:
         if self.training and outputs.temporal_loss is None:
             outputs.temporal_loss = self.model.vision_tower.idle_scorer_loss()
         if outputs.loss is not None and outputs.temporal_loss is not None:
             weight = self.config.stts_config.temporal_loss_weight
             outputs.loss = outputs.loss + weight * outputs.temporal_loss.to(outputs.loss)
-        return outputs
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, use_cache=True, is_first_iteration=False, **kwargs

@@ -41,3 +41,8 @@ def test_settings_of_native_molmo2_are_kept():
     config = Molmo2SttsConfig(**fields)
     assert (config.text_config.num_hidden_layers, config.image_patch_id) == (5, 11)
     assert config.stts_config.prune_ratio == 0.5
+
+
+def test_attention_dropout_of_the_vit_is_refused():
+    with pytest.raises(ValueError, match="`vision_config.attention_dropout` must be 0, got 0.1"):
+        Molmo2SttsConfig(vision_config={"attention_dropout": 0.1})
