@@ -78,13 +78,23 @@ def main() -> None:
     parser.add_argument("--num-frames", type=int, help="frames to sample; by default what the model's processor says")
     parser.add_argument("--prune-ratios", type=float, nargs="+", default=[0.0, 0.5, 0.8])
     args = parser.parse_args()
+    try:
+        run(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(args: argparse.Namespace) -> None:
+    video = args.video or bundled_clip()
+    if "://" not in video and not Path(video).is_file():
+        raise ValueError(f"{video} is not a file.")
     with tempfile.TemporaryDirectory() as folder:
         source = args.model or build_tiny_model(Path(folder, "tiny_molmo2_stts"))
         model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True, device_map="auto")
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
         if args.model is None:
             print("This model is tiny and its weights are random: its answers mean nothing.")
-        ask(model, processor, args.video or bundled_clip(), args.question, args.num_frames, args.prune_ratios)
+        ask(model, processor, video, args.question, args.num_frames, args.prune_ratios)
 
 
 if __name__ == "__main__":

@@ -180,6 +180,9 @@ def _write_folder(out: Path, model: Molmo2SttsForConditionalGeneration, processo
         # Both copy the code files that their classes reach, which are all of them.
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        for path in folder.iterdir():
+            # Weights are written for their owner alone.
+            path.chmod(0o644)
         os.rename(folder, out)
 
 

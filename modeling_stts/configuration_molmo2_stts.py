@@ -44,10 +44,27 @@ class Molmo2SttsConfig(Molmo2Config):
     stts_config: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs):
+        # A Molmo2 checkpoint's own type would keep its weights from being renamed.
+        kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         pipelines = {} if self.pipeline_is_registered else CUSTOM_PIPELINES
         self.custom_pipelines = {task: dict(info) for task, info in pipelines.items()}
+        self.check_values()
+
+    def validate_architecture(self):
+        # Runs before the configuration is saved, too.
+        super().validate_architecture()
+        self.check_values()
+
+    def check_values(self) -> None:
+        """
+        Checks the fields of `stts_config`, and that they fit the ViT.
+
+        Raises:
+            ValueError: naming the value and the rule.
+        """
+        self.stts_config.check_values()
         self.stts_config.check_num_layers(self.vision_config.num_hidden_layers)
         if self.vision_config.attention_dropout != 0:
             raise ValueError(

@@ -1,6 +1,7 @@
 """The settings of STTS (Spatio-Temporal Token Scoring, arXiv 2603.18004), with every check on their values."""
 
 import math
+from numbers import Real
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -23,7 +24,7 @@ def check_prune_ratio(prune_ratio: float) -> float:
     Raises:
         ValueError: if it is not a number in that range (NaN is not).
     """
-    is_number = isinstance(prune_ratio, (int, float)) and not isinstance(prune_ratio, bool)
+    is_number = isinstance(prune_ratio, Real) and not isinstance(prune_ratio, bool)
     if not is_number or not 0 <= prune_ratio < 1:
         raise ValueError(
             f"`prune_ratio` is the fraction of a video's windows to remove and must be a number with "
@@ -76,6 +77,15 @@ class SttsConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        self.check_values()
+
+    def check_values(self) -> None:
+        """
+        Checks every field by itself.
+
+        Raises:
+            ValueError: naming the first field that is out of its range.
+        """
         check_prune_ratio(self.prune_ratio)
         if self.score_after_layer < 0:
             raise ValueError(f"`score_after_layer` must be at least 0, got {self.score_after_layer}.")

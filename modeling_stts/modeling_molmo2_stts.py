@@ -34,7 +34,7 @@ from .stts_attention import attend_in_segments, attend_with_mask, can_attend_in_
 from .stts_generation import SttsGenerationMixin, remember_cut, remembered_cut
 from .stts_loss import neighbor_similarity, temporal_loss
 from .stts_packing import pack_windows
-from .stts_prompt import PromptCut, cut_prompt
+from .stts_prompt import PromptCut, check_placeholders, cut_prompt
 from .stts_scorer import SttsScorer
 from .stts_selection import PrunePlan, kept_window_idx, plan_pruning, random_scores, select_windows
 
@@ -89,7 +89,8 @@ class Molmo2SttsVisionOutput(ModelOutput):
 class Molmo2SttsVideoFeatures(BaseModelOutputWithPooling):
     """
     What `get_video_features` returns. `pooler_output` is a tuple with the kept features of each video, of shape
-    `(num_kept, hidden_size)`, in the order of frames and of windows in a frame.
+    `(num_kept, hidden_size)`, in the order of frames and of windows in a frame. The other fields of the native output
+    are there only where nothing is pruned.
 
     keep_masks (`tuple[torch.Tensor]` of shape `(num_frames, num_windows)`, int64): 1 = kept, for each video.
     scores (`tuple[torch.Tensor]` of shape `(num_frames, num_windows)`, float32, *optional*):
@@ -121,8 +122,8 @@ class Molmo2SttsCausalLMOutputWithPast(Molmo2CausalLMOutputWithPast):
     """
     kept_token_idx (`torch.Tensor` of shape `(batch_size, cut_length)`, int64, *optional*):
         Where each token of the cut sequence stood in the prompt, -1 for padding; `None` where nothing was cut.
-    labels (`torch.Tensor` of shape `(batch_size, cut_length)`, *optional*):
-        The labels cut like the logits; `None` where nothing was cut.
+    labels (`torch.Tensor` of shape `(batch_size, cut_length)`, *optional*, returned when `labels` is given):
+        The labels, cut like the logits.
     temporal_loss (`torch.Tensor`, *optional*): scalar without weight, in training.
     """
 
@@ -186,9 +187,8 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
 
     _no_split_modules = ["Molmo2SttsVisionEncoderLayer", "SttsScorer"]
 
-    def __init__(self, config, stts_config: SttsConfig):
+    def __init__(self, config):
         Molmo2PreTrainedModel.__init__(self, config)
-        self.stts_config = stts_config
         self.positional_embedding = nn.Parameter(torch.zeros(config.num_position_embeddings, config.hidden_size))
         self.patch_embedding = nn.Linear(
             config.patch_size * config.patch_size * config.num_channels, config.hidden_size
@@ -209,6 +209,7 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
         self,
         pixel_values: torch.Tensor,
         plan: PrunePlan | None = None,
+        stts_config: SttsConfig | None = None,
         video_token_pooling: torch.Tensor | None = None,
         feature_layers: list[int] | None = None,
         **kwargs,
@@ -217,27 +218,28 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(num_frames, num_patches, patch_size * patch_size * 3)`).
             plan (`PrunePlan`, *optional*): how many windows of each video go; without it nothing is pruned.
+            stts_config (`SttsConfig`): how they are chosen.
             video_token_pooling (`torch.Tensor` of shape `(num_frames * num_windows, patches_per_window)`, int64):
                 The patches of each window, into all patches. No -1 in it.
             feature_layers (`list[int]`): 0-based blocks whose outputs are returned for the kept windows.
         """
         if plan is None:
             return super().forward(pixel_values, **kwargs)
-        stts, patches_per_window = self.stts_config, video_token_pooling.shape[1]
-        biased_layer, last_layer = stts.score_after_layer + 1, max(feature_layers)
+        patches_per_window = video_token_pooling.shape[1]
+        biased_layer, last_layer = stts_config.score_after_layer + 1, max(feature_layers)
         features = dict.fromkeys(feature_layers)
 
         hidden_states = self._embed_windows(pixel_values, video_token_pooling)
         hidden_states = self._run(0, biased_layer - 1, hidden_states, features)
         windows = hidden_states.unflatten(1, (plan.num_windows, patches_per_window)).split(plan.num_frames)
-        scores = self._score(windows)
+        scores = self._score(windows, stts_config)
         keep_masks = [select_windows(video_scores, count) for video_scores, count in zip(scores, plan.num_pruned)]
-        key_bias = self._key_bias(scores, plan, patches_per_window)
+        key_bias = _key_bias(scores, plan, stts_config, patches_per_window)
         hidden_states = self._run(biased_layer, biased_layer, hidden_states, features, key_bias)
 
         keep_mask, num_kept = torch.cat(keep_masks), sum(plan.num_kept)
         in_segments = can_attend_in_segments(hidden_states)
-        packing = pack_windows(keep_mask, num_kept, patches_per_window, stts.refill, in_segments)
+        packing = pack_windows(keep_mask, num_kept, patches_per_window, stts_config.refill, in_segments)
         self._run(
             biased_layer + 1,
             last_layer,
@@ -257,7 +259,7 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
             window_features=torch.cat([kept.to(features[last_layer].device) for kept in kept_features], dim=-1),
             keep_masks=tuple(mask.long() for mask in keep_masks),
             scores=tuple(scores),
-            temporal_loss=self._temporal_loss(scores, windows, plan),
+            temporal_loss=self._temporal_loss(scores, windows, plan) if stts_config.method == "scorer" else None,
         )
 
     def idle_scorer_loss(self) -> torch.Tensor:
@@ -287,32 +289,33 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
                 features[layer] = hidden_states
         return hidden_states
 
-    def _score(self, windows: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        method = self.stts_config.method
-        if method == "scorer":
+    def _score(self, windows: tuple[torch.Tensor, ...], stts_config: SttsConfig) -> list[torch.Tensor]:
+        if stts_config.method == "scorer":
             return [self.scorer(video) for video in windows]
-        if method == "random":
-            seed = self.stts_config.seed
-            return [random_scores(*video.shape[:2], seed).to(video.device) for video in windows]
+        if stts_config.method == "random":
+            return [random_scores(*video.shape[:2], stts_config.seed).to(video.device) for video in windows]
         return [F.pad(1 - neighbor_similarity(video.detach()), (0, 0, 1, 0), value=1.0) for video in windows]
-
-    def _key_bias(self, scores: list[torch.Tensor], plan: PrunePlan, patches_per_window: int) -> torch.Tensor | None:
-        """Biases of shape `(num_frames, 1, 1, num_patches)`; videos of which nothing is pruned get zeros."""
-        if self.stts_config.method != "scorer":
-            return None
-        biases = []
-        for video, num_pruned in zip(scores, plan.num_pruned):
-            bias = score_to_key_bias(video.unflatten(1, (plan.num_rows, plan.num_cols)), self.stts_config.bias_floor)
-            biases.append(bias.flatten(1) if num_pruned > 0 else torch.zeros_like(video))
-        return torch.cat(biases).repeat_interleave(patches_per_window, dim=1)[:, None, None]
 
     def _temporal_loss(
         self, scores: list[torch.Tensor], windows: tuple[torch.Tensor, ...], plan: PrunePlan
     ) -> torch.Tensor | None:
-        if not self.training or self.stts_config.method != "scorer":
+        if not self.training:
             return None
         pruned = [video for video, num_pruned in enumerate(plan.num_pruned) if num_pruned > 0]
         return temporal_loss([scores[video] for video in pruned], [windows[video] for video in pruned])
+
+
+def _key_bias(
+    scores: list[torch.Tensor], plan: PrunePlan, stts_config: SttsConfig, patches_per_window: int
+) -> torch.Tensor | None:
+    """Biases of shape `(num_frames, 1, 1, num_patches)`; videos of which nothing is pruned get zeros."""
+    if stts_config.method != "scorer":
+        return None
+    biases = []
+    for video, num_pruned in zip(scores, plan.num_pruned):
+        bias = score_to_key_bias(video.unflatten(1, (plan.num_rows, plan.num_cols)), stts_config.bias_floor)
+        biases.append(bias.flatten(1) if num_pruned > 0 else torch.zeros_like(video))
+    return torch.cat(biases).repeat_interleave(patches_per_window, dim=1)[:, None, None]
 
 
 def _kept_windows(
@@ -356,7 +359,9 @@ class Molmo2SttsModel(Molmo2Model):
 
     def __init__(self, config: Molmo2SttsConfig):
         Molmo2PreTrainedModel.__init__(self, config)
-        self.vision_tower = Molmo2SttsVisionModel(config.vision_config, config.stts_config)
+        # Once more: arguments of `from_pretrained` change a configuration after it was made.
+        config.check_values()
+        self.vision_tower = Molmo2SttsVisionModel(config.vision_config)
         self.multi_modal_projector = Molmo2SttsAdapter(config.adapter_config)
         self.language_model = Molmo2TextModel(config.text_config)
         self.post_init()
@@ -396,6 +401,7 @@ class Molmo2SttsModel(Molmo2Model):
         vision = self.vision_tower(
             pixel_values_videos,
             plan=plan,
+            stts_config=self.config.stts_config,
             video_token_pooling=video_token_pooling,
             feature_layers=[layer % num_layers for layer in self.config.adapter_config.vision_feature_layer],
         )
@@ -473,19 +479,42 @@ class Molmo2SttsModel(Molmo2Model):
         cut_inputs["attention_mask"] = cut.take(attention_mask, 0)
         return cut_inputs | {"position_ids": position_ids}, cut
 
+    def check_unpruned(
+        self,
+        keep_masks: tuple[torch.Tensor, ...],
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> None:
+        """
+        Checks that prompts fit their videos and the positions where nothing is cut.
+
+        Args:
+            keep_masks (`tuple[torch.Tensor]` of shape `(num_frames, num_windows)`): see `get_video_features`.
+            input_ids, inputs_embeds: see `get_video_placeholder_mask`.
+
+        Raises:
+            ValueError: if they do not fit.
+        """
+        placeholder_mask = self.get_video_placeholder_mask(input_ids, inputs_embeds)
+        check_placeholders(placeholder_mask, sum(mask.numel() for mask in keep_masks))
+        self._check_positions(placeholder_mask.shape[1], placeholder_mask.shape[1])
+
+    def _check_positions(self, length: int, cut_length: int) -> None:
+        """Checks that the language model has a position for every token of a prompt with a video."""
+        stts_config, max_length = self.config.stts_config, self.config.get_text_config().max_position_embeddings
+        num_positions = length if stts_config.position_ids == "original" else cut_length
+        if num_positions > max_length:
+            raise ValueError(
+                f"The prompt takes {num_positions} positions with `stts_config.position_ids`="
+                f"{stts_config.position_ids!r}, but the language model has `max_position_embeddings`={max_length}. "
+                'Sample fewer frames (`num_frames`). With `stts_config.position_ids="compact"` only kept tokens count '
+                f"({cut_length} at this ratio), and a higher `prune_ratio` helps."
+            )
+
     def _positions(self, given: torch.Tensor | None, default: torch.Tensor, cut: PromptCut) -> torch.Tensor | None:
         """Positions of the kept tokens; `None` where the native model is to count them itself."""
-        is_original = self.config.stts_config.position_ids == "original"
-        max_length = self.config.get_text_config().max_position_embeddings
-        length = default.shape[-1] if is_original else cut.cut_length
-        if length > max_length:
-            raise ValueError(
-                f"The prompt takes {length} positions with `stts_config.position_ids`="
-                f"{self.config.stts_config.position_ids!r}, but the language model has `max_position_embeddings`="
-                f"{max_length}. Sample fewer frames (`num_frames`), use a higher `prune_ratio` or "
-                f'`stts_config.position_ids="compact"` ({cut.cut_length} positions at this ratio).'
-            )
-        if not is_original:
+        self._check_positions(default.shape[-1], cut.cut_length)
+        if self.config.stts_config.position_ids == "compact":
             if given is not None:
                 raise ValueError('`position_ids` cannot be given with `stts_config.position_ids`="compact".')
             return None
@@ -502,20 +531,24 @@ class Molmo2SttsModel(Molmo2Model):
     ) -> tuple[dict[str, Any], Molmo2SttsVideoFeatures | None, PromptCut | None]:
         """
         Replaces a raw video in the arguments of `forward` by its kept features and cuts the rest to them. Arguments
-        that the native model refuses are left for it to refuse.
+        without a raw video are left alone, and those that the native model refuses are left for it to refuse.
         """
-        refused = inputs["pixel_values"] is not None or inputs["mm_encoder_outputs"] is not None
-        if inputs["pixel_values_videos"] is None or refused:
+        if prune_ratio is not None:
+            check_prune_ratio(prune_ratio)
+        prompt = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
+        is_refused = prompt is None or inputs["pixel_values"] is not None or inputs["mm_encoder_outputs"] is not None
+        if inputs["pixel_values_videos"] is None or is_refused:
             return inputs | {"position_ids": self._positions_after_cut(inputs)}, None, None
         names = ("pixel_values_videos", "video_token_pooling", "video_grids")
         video = self.get_video_features(*(inputs[name] for name in names), prune_ratio, return_dict=True)
         inputs = inputs | dict.fromkeys(names) | {"mm_encoder_outputs": {"video": video}}
-        if video.num_pruned == 0:
-            return inputs, video, None
         cache = inputs["past_key_values"]
+        remembered_cut(cache)
+        if video.num_pruned == 0:
+            self.check_unpruned(video.keep_masks, inputs["input_ids"], inputs["inputs_embeds"])
+            return inputs, video, None
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError("A raw video cannot be given with a filled cache. Use `generate`, or drop the cache.")
-        prompt = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
         if inputs["attention_mask"] is None:
             inputs["attention_mask"] = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
         default_position_ids = torch.arange(prompt.shape[1], device=prompt.device)[None]
@@ -524,10 +557,12 @@ class Molmo2SttsModel(Molmo2Model):
 
     def _positions_after_cut(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         """Positions that go on after an uncut prompt, where the caller decodes with its cache and gives none."""
-        earlier = remembered_cut(inputs["past_key_values"])
         is_original = self.config.stts_config.position_ids == "original"
-        if earlier is None or not is_original or inputs["position_ids"] is not None:
+        if inputs["position_ids"] is not None or not is_original:
             return inputs["position_ids"]
+        earlier = remembered_cut(inputs["past_key_values"])
+        if earlier is None:
+            return None
         tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
         first = inputs["past_key_values"].get_seq_length() + earlier.num_removed
         return torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
@@ -641,6 +676,10 @@ class Molmo2SttsForConditionalGeneration(SttsGenerationMixin, Molmo2ForCondition
         """See `Molmo2SttsModel.get_video_placeholder_mask`."""
         return self.model.get_video_placeholder_mask(input_ids, inputs_embeds)
 
+    def check_unpruned(self, *args, **kwargs) -> None:
+        """See `Molmo2SttsModel.check_unpruned`."""
+        self.model.check_unpruned(*args, **kwargs)
+
     def cut_inputs(self, *args, **kwargs) -> tuple[dict[str, Any], PromptCut]:
         """See `Molmo2SttsModel.cut_inputs`."""
         return self.model.cut_inputs(*args, **kwargs)
@@ -703,7 +742,7 @@ class Molmo2SttsForConditionalGeneration(SttsGenerationMixin, Molmo2ForCondition
         outputs = Molmo2SttsCausalLMOutputWithPast(
             **outputs,
             kept_token_idx=None if cut is None else cut.kept_token_idx,
-            labels=None if cut is None else inputs["labels"],
+            labels=inputs["labels"],
             temporal_loss=None if video is None else video.temporal_loss,
         )
         self._add_temporal_loss(outputs)

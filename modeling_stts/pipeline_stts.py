@@ -85,7 +85,7 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
                 Fraction of each video's windows to remove, `0 <= prune_ratio < 1`. The model's own if not given.
             num_frames (`int`, *optional*): how many frames to sample. The processor's own number if not given.
             fps (`int` or `float`, *optional*): how many frames a second to sample, instead of `num_frames`.
-            max_fps (`int`, *optional*): at most so many frames a second, with `num_frames`.
+            max_fps (`int` or `float`, *optional*): at most so many frames a second, with `num_frames`.
             processor_kwargs (`dict`, *optional*): other arguments of the processor.
             return_full_text (`bool`, *optional*):
                 Whether `generated_text` begins with what was asked. By default it does for chats only.

@@ -49,8 +49,8 @@ class Molmo2SttsProcessor(Molmo2Processor):
             ValueError: if prompts and videos do not fit together or a video cannot be read.
         """
         videos = paths_as_strings(videos)
-        if isinstance(text, list) and isinstance(videos, list):
-            self._check_video_counts(text, videos)
+        if text is not None and isinstance(videos, list):
+            self._check_video_counts([text] if isinstance(text, str) else text, videos)
         padding = {"padding": True, "padding_side": "left"}
         text_kwargs = {name: value for name, value in padding.items() if name not in kwargs}
         text_kwargs.update(kwargs.pop("text_kwargs", {}))

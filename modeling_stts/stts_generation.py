@@ -43,27 +43,29 @@ class UncutPrompt(NamedTuple):
 class UncutLogitsProcessor(LogitsProcessor):
     """Shows the uncut prompt to a caller's logits processor."""
 
-    def __init__(self, processor: LogitsProcessor, prompt: UncutPrompt):
-        self.processor = processor
+    def __init__(self, wrapped: LogitsProcessor, prompt: UncutPrompt):
+        self.wrapped = wrapped
         self.prompt = prompt
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return self.processor(self.prompt.restore(input_ids), scores)
+        return self.wrapped(self.prompt.restore(input_ids), scores)
 
 
 class UncutStoppingCriteria(StoppingCriteria):
     """Shows the uncut prompt to a caller's stopping criterion."""
 
-    def __init__(self, criterion: StoppingCriteria, prompt: UncutPrompt):
-        self.criterion = criterion
+    def __init__(self, wrapped: StoppingCriteria, prompt: UncutPrompt):
+        self.wrapped = wrapped
         self.prompt = prompt
 
     def __getattr__(self, name: str) -> Any:
-        # `generate` looks for `eos_token_id` on the criteria it is given.
-        return getattr(self.__dict__["criterion"], name)
+        # `generate` looks for `eos_token_id` on the criteria it is given. A copy under construction has nothing yet.
+        if name == "wrapped":
+            raise AttributeError(name)
+        return getattr(self.wrapped, name)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return self.criterion(self.prompt.restore(input_ids), scores, **kwargs)
+        return self.wrapped(self.prompt.restore(input_ids), scores, **kwargs)
 
 
 class UncutStreamer(BaseStreamer):
@@ -89,10 +91,24 @@ def remember_cut(cache: Cache | None, cut: PromptCut | None) -> None:
 
 
 def remembered_cut(cache: Cache | None) -> PromptCut | None:
-    """The cut that a filled cache was kept with, if any."""
-    if cache is None or cache.get_seq_length() == 0:
-        return None
-    return getattr(cache, "stts_cut", None)
+    """
+    The cut of the prompt that a cache holds, if any. A cache that was reset, or cropped to what stood before the cut,
+    forgets it.
+
+    Raises:
+        ValueError: if the cache was cropped within the cut prompt.
+    """
+    # The attribute first: the length of a static cache is a tensor, which compiled decoding must not look at.
+    cut = getattr(cache, "stts_cut", None)
+    if cut is None or (length := int(cache.get_seq_length())) >= cut.cut_length:
+        return cut
+    if not torch.equal(cut.kept_token_idx[:, :length].cpu(), torch.arange(length).expand(len(cut.kept_token_idx), -1)):
+        raise ValueError(
+            f"The cache was cropped to {length} tokens, within a pruned prompt of {cut.cut_length}. Crop it to what "
+            "stands before the video, or reset it."
+        )
+    cache.stts_cut = None
+    return None
 
 
 class SttsGenerationMixin(GenerationMixin):
@@ -103,8 +119,8 @@ class SttsGenerationMixin(GenerationMixin):
       criteria and streamers see; `max_length` and `min_length` count the uncut prompt;
     - the cache remembers the cut, so that a second turn can be given the full conversation.
 
-    A model supplies `get_video_features`, whose output has `keep_masks`, `get_video_placeholder_mask` and
-    `cut_inputs`.
+    A model supplies `get_video_features`, whose output has `keep_masks`, `get_video_placeholder_mask`,
+    `check_unpruned` and `cut_inputs`.
     """
 
     @torch.no_grad()
@@ -118,6 +134,7 @@ class SttsGenerationMixin(GenerationMixin):
         synced_gpus: bool | None = None,
         assistant_model=None,
         streamer: BaseStreamer | None = None,
+        *,
         prune_ratio: float | None = None,
         **kwargs,
     ):
@@ -143,7 +160,6 @@ class SttsGenerationMixin(GenerationMixin):
             stopping_criteria = [UncutStoppingCriteria(criterion, uncut) for criterion in stopping_criteria or ()]
             streamer = None if streamer is None else UncutStreamer(streamer, uncut)
             prefix_allowed_tokens_fn = _show_uncut_prefix(prefix_allowed_tokens_fn, uncut, settings)
-            kwargs.update(_shifted_lengths(uncut, settings))
         outputs = super().generate(
             generation_config=generation_config,
             logits_processor=None if logits_processor is None else LogitsProcessorList(logits_processor),
@@ -163,7 +179,7 @@ class SttsGenerationMixin(GenerationMixin):
         """Encodes and cuts in place; returns the prompt to restore and the cut to remember, where there are any."""
         earlier = remembered_cut(kwargs.get("past_key_values"))
         if earlier is not None:
-            return self._cut_next_turn(earlier, kwargs), None
+            return self._cut_next_turn(earlier, settings, kwargs), None
         if kwargs.get("pixel_values_videos") is None:
             return None, None
         if settings["cache_implementation"] == "paged":
@@ -175,11 +191,14 @@ class SttsGenerationMixin(GenerationMixin):
     def _cut_first_turn(
         self, settings: "_Settings", prune_ratio: float | None, kwargs: dict[str, Any]
     ) -> tuple[UncutPrompt | None, PromptCut | None]:
+        input_ids = kwargs.get("input_ids")
+        if input_ids is None and kwargs.get("inputs_embeds") is None:
+            raise ValueError("A video needs its prompt: pass `input_ids` or `inputs_embeds`.")
         video = self.get_video_features(**self._pop_video_inputs(kwargs), prune_ratio=prune_ratio)
         kwargs["mm_encoder_outputs"] = {"video": video}
         if video.num_pruned == 0:
+            self.check_unpruned(video.keep_masks, input_ids, kwargs.get("inputs_embeds"))
             return None, None
-        input_ids = kwargs.get("input_ids")
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = _infer_attention_mask(input_ids, kwargs.get("inputs_embeds"), settings)
         attention_mask, cache = kwargs["attention_mask"], kwargs.get("past_key_values")
@@ -189,13 +208,18 @@ class SttsGenerationMixin(GenerationMixin):
             default_position_ids=_default_positions(attention_mask),
             num_untouched=0 if cache is None else cache.get_seq_length(),
         )
-        kwargs.update(cut_inputs)
+        kwargs.update(cut_inputs | _shifted_lengths(cut, settings))
         return None if input_ids is None else UncutPrompt(input_ids, cut.cut_length), cut
 
-    def _cut_next_turn(self, earlier: PromptCut, kwargs: dict[str, Any]) -> UncutPrompt | None:
+    def _cut_next_turn(self, earlier: PromptCut, settings: "_Settings", kwargs: dict[str, Any]) -> UncutPrompt | None:
         """Cuts a conversation that begins with a prompt that was cut before, or its mask if only new ids are given."""
         self._pop_video_inputs(kwargs)
-        input_ids, attention_mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        input_ids, attention_mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if input_ids is None or input_ids.shape[0] % len(earlier.kept_token_idx) != 0:
+            raise ValueError(
+                f"The cache holds {len(earlier.kept_token_idx)} pruned prompts. A further turn needs `input_ids` of "
+                f"as many rows, or of several for each, got {None if input_ids is None else tuple(input_ids.shape)}."
+            )
         length = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
         num_new = length - earlier.attention_mask.shape[1]
         has_full_ids = input_ids.shape[1] == length
@@ -207,7 +231,9 @@ class SttsGenerationMixin(GenerationMixin):
                 f"{length} tokens."
             )
         cut = earlier.extend(input_ids.shape[0], num_new)
-        attention_mask = cut.attention_mask if attention_mask is None else attention_mask
+        if attention_mask is None:
+            new_mask = _infer_attention_mask(new_ids, None, settings)
+            attention_mask = torch.cat([cut.attention_mask[:, :-num_new], new_mask.to(cut.attention_mask)], dim=1)
         kwargs["attention_mask"] = cut.take(attention_mask, 0)
         if self.config.stts_config.position_ids == "original":
             position_ids = kwargs.get("position_ids")
@@ -218,7 +244,14 @@ class SttsGenerationMixin(GenerationMixin):
         kwargs["input_ids"] = cut.take(input_ids, 0)
         if kwargs.get("mm_token_type_ids") is not None:
             kwargs["mm_token_type_ids"] = cut.take(kwargs["mm_token_type_ids"], 0)
+        kwargs.update(_shifted_lengths(cut, settings))
         return UncutPrompt(input_ids, cut.cut_length)
+
+    def _merge_criteria_processor_list(self, default_list: list, custom_list: list) -> list:
+        # One of the caller's takes the place of the default of its type, which the wrappers would hide.
+        given = {type(getattr(custom, "wrapped", custom)) for custom in custom_list}
+        default_list = type(default_list)(default for default in default_list if type(default) not in given)
+        return super()._merge_criteria_processor_list(default_list, custom_list)
 
     def _pop_video_inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         names = inspect.signature(self.get_video_features).parameters
@@ -253,9 +286,9 @@ def _default_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
 
 
-def _shifted_lengths(uncut: UncutPrompt, settings: _Settings) -> dict[str, int]:
-    """`max_length` and `min_length`, where set, in terms of the cut prompt."""
-    prompt_length = uncut.input_ids.shape[1]
+def _shifted_lengths(cut: PromptCut, settings: _Settings) -> dict[str, int]:
+    """`max_length` and `min_length`, where set, in terms of the cut prompt; refuses one that the prompt fills."""
+    prompt_length = cut.attention_mask.shape[1]
     max_length = settings["max_length"]
     if max_length is not None and settings["max_new_tokens"] is None and max_length <= prompt_length:
         raise ValueError(
@@ -263,8 +296,7 @@ def _shifted_lengths(uncut: UncutPrompt, settings: _Settings) -> dict[str, int]:
             "pruning. Use a larger `max_length` or `max_new_tokens`."
         )
     lengths = {name: settings[name] for name in ("max_length", "min_length") if settings[name]}
-    num_removed = prompt_length - uncut.cut_length
-    return {name: max(0, length - num_removed) for name, length in lengths.items()}
+    return {name: max(0, length - cut.num_removed) for name, length in lengths.items()}
 
 
 def _show_uncut_prefix(

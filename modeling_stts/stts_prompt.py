@@ -56,11 +56,31 @@ class PromptCut(NamedTuple):
         return PromptCut(torch.cat([kept, new_idx], dim=1), F.pad(mask, (0, num_new), value=1))
 
 
+def check_placeholders(placeholder_mask: torch.Tensor, num_windows: int) -> None:
+    """
+    Checks that a batch of prompts has a token for every window of its videos.
+
+    Args:
+        placeholder_mask (`torch.Tensor`, bool): where video tokens stand.
+        num_windows (`int`): windows of all videos.
+
+    Raises:
+        ValueError: if the numbers differ.
+    """
+    num_placeholders = int(placeholder_mask.sum())
+    if num_placeholders != num_windows:
+        raise ValueError(
+            f"The prompts of this batch hold {num_placeholders} video tokens, but its videos have {num_windows} "
+            "windows. Both must come from one call of the processor, and a prompt must not be truncated."
+        )
+
+
 def cut_prompt(
     placeholder_mask: torch.Tensor, keep: torch.Tensor, attention_mask: torch.Tensor, num_untouched: int = 0
 ) -> PromptCut:
     """
-    Cuts dropped placeholders out of a batch of prompts, and padding with them, so that the longest row has none.
+    Cuts dropped placeholders out of a batch of prompts, and the padding at their ends, so that the longest row has
+    none.
 
     Rows stay padded on the side they were padded on. A kept placeholder stays even where the attention mask hides it,
     because its features need a place.
@@ -78,14 +98,12 @@ def cut_prompt(
         ValueError: if the number of placeholders is not that of `keep`.
     """
     placeholder_mask, keep = placeholder_mask.to(attention_mask.device), keep.to(attention_mask.device)
-    num_placeholders = int(placeholder_mask.sum())
-    if num_placeholders != keep.numel():
-        raise ValueError(
-            f"The prompts of this batch hold {num_placeholders} video tokens, but its videos have {keep.numel()} "
-            "windows. Both must come from one call of the processor, and a prompt must not be truncated."
-        )
+    check_placeholders(placeholder_mask, keep.numel())
     is_kept = placeholder_mask.masked_scatter(placeholder_mask, keep)
-    survives = torch.where(placeholder_mask, is_kept, attention_mask.bool())
+    is_real = attention_mask.bool()
+    # Text that is hidden between real tokens stays: it may have a label.
+    is_inside = is_real.cumsum(-1).bool() & is_real.flip(-1).cumsum(-1).flip(-1).bool()
+    survives = torch.where(placeholder_mask, is_kept, is_inside)
     survives[:, :num_untouched] = True
     pad_right = bool((attention_mask[:, -1] == 0).any())
     cut_length = int(survives.sum(-1).max())

@@ -3,11 +3,19 @@
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import BatchFeature, Molmo2VideoProcessor
+from transformers.models.molmo2.video_processing_molmo2 import Molmo2VideoProcessorKwargs
 from transformers.video_utils import VideoInput, VideoMetadata, make_batched_videos
 
 from .stts_video import paths_as_strings, read_video
+
+
+class Molmo2SttsVideoProcessorKwargs(Molmo2VideoProcessorKwargs, total=False):
+    """
+    max_fps (`int` or `float`, *optional*): at most so many frames a second, with `num_frames`; natively whole only.
+    """
+
+    max_fps: int | float
 
 
 class Molmo2SttsVideoProcessor(Molmo2VideoProcessor):
@@ -27,6 +35,13 @@ class Molmo2SttsVideoProcessor(Molmo2VideoProcessor):
     """
 
     _auto_class = "AutoVideoProcessor"
+    valid_kwargs = Molmo2SttsVideoProcessorKwargs
+
+    @classmethod
+    def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs):
+        if kwargs.get("fps") is not None:
+            kwargs.setdefault("num_frames", None)
+        return super().from_dict(video_processor_dict, **kwargs)
 
     def __init__(self, **kwargs):
         if kwargs.get("fps") is not None:
@@ -90,7 +105,7 @@ class Molmo2SttsVideoProcessor(Molmo2VideoProcessor):
         fps: int | float | None = None,
         max_fps: int | float | None = None,
         **kwargs,
-    ) -> torch.Tensor:
+    ) -> np.ndarray:
         """
         Chooses evenly spaced frames of one video, the first one included.
 
@@ -101,7 +116,7 @@ class Molmo2SttsVideoProcessor(Molmo2VideoProcessor):
             max_fps (`int` or `float`, *optional*): at most so many a second, with `num_frames`.
 
         Returns:
-            `torch.Tensor` of shape `(num_sampled,)`, int32: ascending frame indices, at least one.
+            `np.ndarray` of shape `(num_sampled,)`, int32: ascending frame indices, at least one.
 
         Raises:
             ValueError: if the video has no frames, or an argument contradicts another or is not positive.
@@ -111,7 +126,9 @@ class Molmo2SttsVideoProcessor(Molmo2VideoProcessor):
             raise ValueError(f"A video must have at least one frame, got {metadata.total_num_frames}.")
         indices = super().sample_frames(metadata, num_frames=num_frames, fps=fps, max_fps=max_fps, **kwargs)
         # Rounding in the native code can add one index too many, which is always the number of frames itself.
-        return indices[indices < metadata.total_num_frames]
+        indices = indices[indices < metadata.total_num_frames]
+        # A tensor with one index would take a single frame out of a NumPy array, without the dimension of frames.
+        return indices.numpy()
 
 
 def _check_sampling(**arguments: float | None) -> None:

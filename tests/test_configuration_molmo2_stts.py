@@ -46,3 +46,15 @@ def test_settings_of_native_molmo2_are_kept():
 def test_attention_dropout_of_the_vit_is_refused():
     with pytest.raises(ValueError, match="`vision_config.attention_dropout` must be 0, got 0.1"):
         Molmo2SttsConfig(vision_config={"attention_dropout": 0.1})
+
+
+def test_values_that_were_spoilt_later_are_not_saved(tmp_path):
+    config = Molmo2SttsConfig()
+    config.stts_config.prune_ratio = 1.5
+    with pytest.raises(Exception, match="0 <= prune_ratio < 1, got 1.5"):
+        config.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_the_type_of_a_molmo2_checkpoint_is_not_taken_over():
+    assert Molmo2SttsConfig.from_dict({"model_type": "molmo2"}).model_type == "molmo2_stts"

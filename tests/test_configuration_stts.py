@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from modeling_stts import SttsConfig
@@ -38,6 +39,7 @@ def test_defaults_are_the_papers():
 
 def test_whole_numbers_are_ratios_too():
     assert check_prune_ratio(0) == 0.0
+    assert check_prune_ratio(np.float32(0.5)) == 0.5
     assert SttsConfig(prune_ratio=0).prune_ratio == 0
 
 

@@ -92,7 +92,7 @@ def test_gradients_in_bfloat16_are_near_float32(real_vit, in_bins, path):
     models = [copy.deepcopy(real_vit).train(), copy.deepcopy(real_vit).float().train()]
     video = real_video(6)
     for model in models:
-        model.vision_tower.stts_config.method = "random"
+        model.config.stts_config.method = "random"
         if path == "bins":
             in_bins()
         model.get_video_features(**video, prune_ratio=0.5).pooler_output[0].float().square().mean().backward()

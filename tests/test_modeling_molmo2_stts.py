@@ -7,7 +7,8 @@ from inputs import NUM_WINDOWS, PLACEHOLDER, lively_model, row_of, video_inputs
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
 from hub_upload.tiny import tiny_config, tiny_processor
-from modeling_stts.stts_selection import count_pruned_windows
+from modeling_stts import SttsConfig
+from modeling_stts.stts_selection import count_pruned_windows, random_scores
 
 
 VIDEO_NAMES = ("pixel_values_videos", "video_token_pooling", "video_grids")
@@ -245,6 +246,30 @@ def test_loss_is_language_loss_on_cut_labels_plus_temporal_loss():
     assert model.eval()(**inputs, labels=labels_of(inputs)).temporal_loss is None
 
 
+def test_labels_are_returned_where_nothing_is_cut_too(model):
+    inputs = video_inputs((1,))
+    outputs = model(**inputs, labels=labels_of(inputs))
+    assert torch.equal(outputs.labels, labels_of(inputs))
+
+
+def test_text_that_is_hidden_between_real_tokens_keeps_its_label(model):
+    inputs = video_inputs((2,))
+    labels, hidden = labels_of(inputs), inputs["input_ids"].shape[1] - 3
+    inputs["attention_mask"][0, hidden] = 0
+    outputs = model(**inputs, labels=labels)
+    assert (outputs.labels != -100).sum() == (labels != -100).sum()
+    assert hidden in outputs.kept_token_idx
+
+
+def test_another_stts_config_takes_effect_at_once():
+    model, inputs = lively_model(), videos_of(video_inputs((3,)))
+    model.config.stts_config = SttsConfig(method="random", prune_ratio=0.3)
+    with torch.no_grad():
+        video = model.get_video_features(**inputs)
+    assert video.num_pruned == count_pruned_windows(3, NUM_WINDOWS, 0.3)
+    assert torch.equal(video.scores[0], random_scores(3, NUM_WINDOWS, seed=0))
+
+
 def test_language_loss_reaches_the_scorer():
     model, inputs = lively_model(temporal_loss_weight=0.0).train(), video_inputs((4,))
     model(**inputs, labels=labels_of(inputs)).loss.backward()
@@ -326,6 +351,8 @@ def test_flash_attention_of_the_language_model_needs_compact_positions(model):
 @pytest.mark.parametrize("prune_ratio", [1, -0.1, float("nan"), "half", True])
 def test_a_ratio_out_of_range_is_refused(model, prune_ratio):
     inputs = video_inputs((2,))
+    with pytest.raises(ValueError, match="0 <= prune_ratio < 1, got"):
+        model(input_ids=torch.arange(20, 30)[None], prune_ratio=prune_ratio)
     for call in (model, model.model, model.generate):
         with pytest.raises(ValueError, match="0 <= prune_ratio < 1, got"):
             call(**inputs, prune_ratio=prune_ratio)
@@ -336,8 +363,9 @@ def test_a_prompt_that_does_not_fit_its_video_is_refused(model):
     for ids, count in ((inputs["input_ids"][:, 50:], 115), (inputs["input_ids"].clone().fill_(30), 0)):
         bad = dict(inputs, input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=torch.zeros_like(ids))
         for call in (model, model.generate):
-            with pytest.raises(ValueError, match=f"hold {count} video tokens, but its videos have 162 windows"):
-                call(**bad)
+            for prune_ratio in (0.5, 0.0):
+                with pytest.raises(ValueError, match=f"hold {count} video tokens, but its videos have 162 windows"):
+                    call(**bad, prune_ratio=prune_ratio)
 
 
 def test_too_many_frames_for_the_positions_are_refused(model):
@@ -345,8 +373,9 @@ def test_too_many_frames_for_the_positions_are_refused(model):
     model.config.text_config.max_position_embeddings = 200
     inputs = video_inputs((4,))
     for call in (model, model.generate):
-        with pytest.raises(ValueError, match="takes 341 positions .* Sample fewer frames .*\n?.*compact"):
-            call(**inputs)
+        for prune_ratio in (0.5, 0.0):
+            with pytest.raises(ValueError, match="takes 341 positions .* Sample fewer frames .*compact"):
+                call(**inputs, prune_ratio=prune_ratio)
     model.config.stts_config.position_ids = "compact"
     assert model(**inputs).logits.shape[1] == 341 - 162
 

@@ -172,3 +172,8 @@ def test_installed_package_loads_ours_and_again_after_saving(processor, clips, t
         assert type(processor.video_processor) is Molmo2SttsVideoProcessor
         actual = encode(processor, question(clips[0]))
         assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_several_videos_for_one_placeholder_are_refused(processor, clips):
+    with pytest.raises(ValueError, match=r"Prompt 0 has 1 <\|video\|> placeholders, but 2 videos"):
+        encode(processor, question([str(clip) for clip in clips]))

@@ -173,7 +173,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
 config.stts_config.prune_ratio, config.stts_config.position_ids = 0.7, sys.argv[2]
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], config=config, trust_remote_code=True)
-of_vit = model.model.vision_tower.stts_config
-print(json.dumps([of_vit is model.config.stts_config, of_vit.prune_ratio, of_vit.position_ids]))
+stts = model.model.config.stts_config
+print(json.dumps([stts is model.config.stts_config, stts.prune_ratio, stts.position_ids]))
 """
     assert run_in_fresh_process(tmp_path, script, tiny_folder, position_ids)[0] == [True, 0.7, position_ids]

@@ -3,9 +3,11 @@ import copy
 import pytest
 import torch
 from inputs import PAD, PLACEHOLDER, lively_model, row_of, video_inputs
-from transformers import DynamicCache, GenerationConfig
-from transformers.generation import LogitsProcessor, StoppingCriteria
+from transformers import CompileConfig, DynamicCache, GenerationConfig
+from transformers.generation import LogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
+
+from modeling_stts.stts_generation import UncutStoppingCriteria
 
 
 LENGTH = 341  # of the prompt of one video of 4 frames
@@ -315,3 +317,101 @@ def test_model_inputs_are_left_as_they_were(model):
     before = {name: value.clone() for name, value in inputs.items()}
     generate(model, inputs)
     assert inputs.keys() == before.keys() and all(torch.equal(inputs[name], before[name]) for name in before)
+
+
+# --- caches that change ---
+
+
+def turn(model, conversation, cache, **kwargs):
+    ids = {"input_ids": conversation["input_ids"], "attention_mask": conversation["attention_mask"]}
+    return generate(model, ids, past_key_values=cache, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["ratio 0", "text"])
+def test_a_reset_cache_forgets_its_cut(model, kind):
+    cache = generate(model, video_inputs((4,)), cache_implementation="static", max_new_tokens=200).past_key_values
+    cache.reset()
+    if kind == "text":
+        inputs, kwargs = {"input_ids": torch.arange(20, 30)[None]}, {}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    else:
+        inputs, kwargs = video_inputs((4,), seed=3), {"prune_ratio": 0.0}
+    first = generate(model, inputs, num_new=3, past_key_values=cache, **kwargs)
+    conversation = append(inputs, first.sequences[:, inputs["input_ids"].shape[1] :])
+    expected = generate(model, conversation, num_new=4, **kwargs)
+    assert torch.equal(turn(model, conversation, cache, num_new=4).sequences, expected.sequences)
+
+
+def test_a_cache_cropped_to_a_prefix_forgets_its_cut(model):
+    inputs, cache = video_inputs((4,)), DynamicCache()
+    expected = generate(model, inputs, past_key_values=cache)
+    cache.crop(2 - cache.get_seq_length())
+    assert torch.equal(generate(model, inputs, past_key_values=cache).sequences, expected.sequences)
+
+
+def test_a_cache_cropped_within_the_video_is_refused(model):
+    inputs, cache = video_inputs((4,)), DynamicCache()
+    generate(model, inputs, past_key_values=cache)
+    cache.crop(150 - cache.get_seq_length())
+    with pytest.raises(ValueError, match="The cache was cropped to 150 tokens, within a pruned prompt of 179"):
+        generate(model, inputs, past_key_values=cache)
+
+
+def test_a_second_turn_with_other_rows_is_refused(model):
+    inputs, cache = video_inputs((4, 2)), DynamicCache()
+    generate(model, inputs, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"holds 2 pruned prompts.* got \(1, 350\)"):
+        model.generate(input_ids=torch.full((1, 350), 30), past_key_values=cache)
+    with pytest.raises(ValueError, match="needs `input_ids` of as many rows.* got None"):
+        model.generate(inputs_embeds=torch.zeros(2, 350, 32), past_key_values=cache)
+
+
+def test_a_second_turn_recognises_padding_without_a_mask(model):
+    inputs = video_inputs((4, 4))
+    first = generate(model, inputs, num_new=4)
+    sequences = first.sequences.clone()
+    sequences[1, -2:] = PAD
+    conversation = torch.cat([sequences, torch.tensor([[44, 45]] * 2)], 1)
+    mask = (conversation != PAD).long()
+    logits = [
+        generate(model, given, num_new=1, past_key_values=copy.deepcopy(first.past_key_values)).logits[0]
+        for given in ({"input_ids": conversation}, {"input_ids": conversation, "attention_mask": mask})
+    ]
+    assert torch.equal(*logits)
+
+
+def test_lengths_count_the_original_prompt_with_embeddings_too(model):
+    inputs = video_inputs((4,))
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    assert model.generate(**inputs, max_length=LENGTH + 5, do_sample=False).shape == (1, 5)
+
+
+def test_a_given_processor_takes_the_place_of_the_default_of_its_type(model):
+    inputs, given = video_inputs((4,)), [RepetitionPenaltyLogitsProcessor(3.0)]
+    outputs = generate(
+        model, inputs, num_new=1, logits_processor=given, repetition_penalty=2.0, output_scores=True, min_length=0
+    )
+    ratio = outputs.scores[0] / outputs.logits[0]
+    assert ratio.max().item() == pytest.approx(3.0)
+
+
+def test_wrapped_criteria_can_be_copied():
+    wrapped = UncutStoppingCriteria(StopAt(3), None)
+    assert copy.copy(wrapped).length == copy.deepcopy(wrapped).length == 3
+
+
+def test_compiled_decoding_has_no_graph_break(model):
+    inputs = video_inputs((2,))
+    expected = generate(model, inputs, cache_implementation="static", disable_compile=True)
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    outputs = generate(model, inputs, cache_implementation="static", compile_config=config)
+    assert torch.equal(outputs.sequences, expected.sequences)
+
+
+def test_a_video_without_a_prompt_is_refused(model):
+    inputs = video_inputs((2,))
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        inputs.pop(name)
+    with pytest.raises(ValueError, match="A video needs its prompt"):
+        model.generate(**inputs)

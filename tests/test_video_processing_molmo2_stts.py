@@ -210,3 +210,22 @@ def test_auto_class_loads_ours(tmp_path):
     processor = AutoVideoProcessor.from_pretrained(tmp_path, num_frames=3)
     assert type(processor) is Molmo2SttsVideoProcessor
     assert (processor.num_frames, processor.max_fps) == (3, 2)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "images"])
+def test_a_video_of_one_frame_keeps_its_dimensions(kind):
+    array = frames(1)
+    video = {"numpy": array, "torch": torch.from_numpy(array), "images": [Image.fromarray(array[0])]}[kind]
+    assert sampled(make(num_frames=8, do_sample_frames=True), [video]) == ([[0]], [[0]])
+
+
+def test_max_fps_may_be_a_fraction(path):
+    # 6 seconds at half a frame a second: 3 of 24 frames.
+    assert sampled(make(), [path], max_fps=0.5)[0] == [[0, 8, 16]]
+    assert sampled(make(max_fps=0.5), [path])[0] == [[0, 8, 16]]
+
+
+def test_fps_at_load_replaces_the_saved_number(tmp_path):
+    make(num_frames=8).save_pretrained(tmp_path)
+    loaded = Molmo2SttsVideoProcessor.from_pretrained(tmp_path, fps=1)
+    assert (loaded.fps, loaded.num_frames) == (1, None)

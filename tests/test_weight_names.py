@@ -18,9 +18,8 @@ def model():
     return lively_model()
 
 
-def load(folder, config=None, model_class=Molmo2SttsForConditionalGeneration):
-    kwargs = {} if config is None else {"config": config}
-    loaded, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
+def load(folder, model_class=Molmo2SttsForConditionalGeneration):
+    loaded, info = model_class.from_pretrained(folder, output_loading_info=True)
     return loaded, {name: set(keys) for name, keys in info.items() if keys}
 
 
@@ -64,8 +63,7 @@ def test_a_molmo2_checkpoint_misses_the_scorer_and_nothing_else(model, tmp_path,
         native.config.save_pretrained(tmp_path)
         native.generation_config.save_pretrained(tmp_path)
         save_file(native.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
-    fields = {name: value for name, value in native.config.to_dict().items() if name != "model_type"}
-    loaded, problems = load(tmp_path, Molmo2SttsConfig(**fields))
+    loaded, problems = load(tmp_path)
     scorer = {name for name in model.state_dict() if ".scorer." in name}
     assert problems == {"missing_keys": scorer}
     ours, theirs = loaded.state_dict(), native.state_dict()
@@ -77,8 +75,7 @@ def test_a_missing_scorer_is_announced_by_name(model, tmp_path, caplog):
 
     logging.enable_propagation()
     native_twin(model).save_pretrained(tmp_path)
-    fields = {name: value for name, value in native_twin(model).config.to_dict().items() if name != "model_type"}
-    load(tmp_path, Molmo2SttsConfig(**fields))
+    load(tmp_path)
     logging.disable_propagation()
     assert "vision_tower.scorer" in caplog.text and "MISSING" in caplog.text
 
@@ -102,3 +99,9 @@ def test_the_base_model_loads_from_a_full_checkpoint(model, tmp_path):
     loaded, problems = load(tmp_path, model_class=Molmo2SttsModel)
     assert set(problems) <= {"unexpected_keys"} and problems.get("unexpected_keys", set()) <= {"lm_head.weight"}
     assert_equal_weights(loaded, model.model)
+
+
+def test_contradictions_given_at_load_are_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`score_after_layer`=6 leaves no block to prune in"):
+        Molmo2SttsForConditionalGeneration.from_pretrained(tmp_path, stts_config={"score_after_layer": 6})
