@@ -210,11 +210,18 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
         Returns:
             `list[list[dict]]`: for each question, its answers.
         """
-        prompts = model_outputs["prompt_text"]
+        prompts, sequences = model_outputs["prompt_text"], model_outputs["generated_sequence"]
         if return_type is None:
             return_type = ReturnType.FULL_TEXT if isinstance(prompts[0], Chat) else ReturnType.NEW_TEXT
-        records = super().postprocess(model_outputs, return_type=return_type, **kwargs)
-        num_answers = len(records) // len(prompts)
+        sequences = sequences.flatten(0, -2)
+        num_answers = len(sequences) // len(prompts)
+        # One prompt an answer, because stock code before transformers 5.23 pairs them one to one.
+        repeated = {
+            "prompt_text": [prompt for prompt in prompts for _ in range(num_answers)],
+            "input_ids": model_outputs["input_ids"].repeat_interleave(num_answers, dim=0),
+            "generated_sequence": sequences,
+        }
+        records = super().postprocess(repeated, return_type=return_type, **kwargs)
         return [records[start : start + num_answers] for start in range(0, len(records), num_answers)]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:

@@ -20,7 +20,8 @@ class Molmo2SttsProcessor(Molmo2Processor):
     - Batches are padded, and on the left, as generation needs it, whatever the tokenizer's setting; a call's `padding`
       and `padding_side` replace that.
     - Videos may be path objects.
-    - Lists of videos for each prompt are compared with that prompt's placeholders; natively only the sums are.
+    - Lists of videos for each prompt are compared with that prompt's placeholders; natively only the sums are, and
+      those not before transformers 5.23.
     """
 
     _auto_class = "AutoProcessor"
@@ -49,24 +50,28 @@ class Molmo2SttsProcessor(Molmo2Processor):
             ValueError: if prompts and videos do not fit together or a video cannot be read.
         """
         videos = paths_as_strings(videos)
-        if text is not None and isinstance(videos, list):
+        if text is not None:
             self._check_video_counts([text] if isinstance(text, str) else text, videos)
         padding = {"padding": True, "padding_side": "left"}
         text_kwargs = {name: value for name, value in padding.items() if name not in kwargs}
         text_kwargs.update(kwargs.pop("text_kwargs", {}))
         return super().__call__(images=images, text=text, videos=videos, text_kwargs=text_kwargs, **kwargs)
 
-    def _check_video_counts(self, text: list[str], videos: list[Any]) -> None:
-        is_nested = all(isinstance(sample, list) and not is_valid_video(sample) for sample in videos)
-        if not is_nested or len(videos) != len(text):
-            return
-        for row, (prompt, sample) in enumerate(zip(text, videos)):
-            num_placeholders = prompt.count(self.video_token)
-            num_videos = len(make_batched_videos(sample)) if sample else 0
-            if num_placeholders != num_videos:
-                raise ValueError(
-                    f"Prompt {row} has {num_placeholders} {self.video_token} placeholders, but {num_videos} videos."
-                )
+    def _check_video_counts(self, text: list[str], videos: Any) -> None:
+        num_placeholders = [prompt.count(self.video_token) for prompt in text]
+        if isinstance(videos, list) and len(videos) == len(text) and all(map(_is_list_of_videos, videos)):
+            for row, (expected, row_videos) in enumerate(zip(num_placeholders, videos)):
+                given = len(make_batched_videos(row_videos)) if row_videos else 0
+                if expected != given:
+                    message = f"Prompt {row} has {expected} {self.video_token} placeholders, but {given} videos."
+                    raise ValueError(message)
+        expected, given = sum(num_placeholders), 0 if videos is None else len(make_batched_videos(videos))
+        if expected != given:
+            raise ValueError(f"The prompts have {expected} {self.video_token} placeholders, but {given} videos.")
+
+
+def _is_list_of_videos(value: Any) -> bool:
+    return isinstance(value, list) and not is_valid_video(value)
 
 
 __all__ = ["Molmo2SttsProcessor"]

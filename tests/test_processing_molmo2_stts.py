@@ -130,9 +130,9 @@ def test_frames_in_a_chat(processor):
 @pytest.mark.parametrize(
     "text, rows, message",
     [
-        ("What?", [0], "Found total 0 .* tokens and 1 videos"),
-        ("<|video|> What?", None, "no videos were passed"),
-        ("<|video|> What?", [0, 1], "Found total 1 .* tokens and 2 videos"),
+        ("What?", [0], r"The prompts have 0 <\|video\|> placeholders, but 1 videos"),
+        ("<|video|> What?", None, r"The prompts have 1 <\|video\|> placeholders, but 0 videos"),
+        ("<|video|> What?", [0, 1], r"The prompts have 1 <\|video\|> placeholders, but 2 videos"),
         ("<|video|><|video|>", [0, 1], "At most one video"),
         (["<|video|> What?", "Hi"], [[], [0]], r"Prompt 0 has 1 <\|video\|> placeholders, but 0 videos"),
         (["<|video|> What?", "Hi"], [[0, 1], []], r"Prompt 0 has 1 <\|video\|> placeholders, but 2 videos"),
