@@ -543,6 +543,7 @@ class Molmo2SttsModel(Molmo2Model):
         video = self.get_video_features(*(inputs[name] for name in names), prune_ratio, return_dict=True)
         inputs = inputs | dict.fromkeys(names) | {"mm_encoder_outputs": {"video": video}}
         cache = inputs["past_key_values"]
+        # A cache that was reset forgets its cut here, whatever fills it now.
         remembered_cut(cache)
         if video.num_pruned == 0:
             self.check_unpruned(video.keep_masks, inputs["input_ids"], inputs["inputs_embeds"])
