@@ -39,14 +39,10 @@ class Molmo2SttsVideoProcessor(Molmo2VideoProcessor):
 
     @classmethod
     def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs):
-        if kwargs.get("fps") is not None:
-            kwargs.setdefault("num_frames", None)
-        return super().from_dict(video_processor_dict, **kwargs)
+        return super().from_dict(video_processor_dict, **_replace_saved_sampling(kwargs))
 
     def __init__(self, **kwargs):
-        if kwargs.get("fps") is not None:
-            kwargs.setdefault("num_frames", None)
-        super().__init__(**kwargs)
+        super().__init__(**_replace_saved_sampling(kwargs))
         _check_sampling(num_frames=self.num_frames, fps=self.fps, max_fps=self.max_fps)
 
     def preprocess(self, videos: VideoInput, **kwargs) -> BatchFeature:
@@ -70,14 +66,10 @@ class Molmo2SttsVideoProcessor(Molmo2VideoProcessor):
                 if a file is not a video that can be decoded, the sampling arguments contradict each other or are not
                 positive, or paths and arrays are mixed.
         """
-        if kwargs.get("fps") is not None:
-            kwargs.setdefault("num_frames", None)
-        elif kwargs.get("num_frames") is not None:
-            kwargs.setdefault("fps", None)
         videos = make_batched_videos(paths_as_strings(videos))
         if len({isinstance(video, str) for video in videos}) > 1:
             raise ValueError("Videos of one call must be all paths or all frames, got both.")
-        return super().preprocess(videos, **kwargs)
+        return super().preprocess(videos, **_replace_saved_sampling(kwargs))
 
     def fetch_videos(self, video_url_or_urls: str | list, sample_indices_fn=None) -> tuple[Any, Any]:
         """
@@ -129,6 +121,15 @@ class Molmo2SttsVideoProcessor(Molmo2VideoProcessor):
         indices = indices[indices < metadata.total_num_frames]
         # A tensor with one index would take a single frame out of a NumPy array, without the dimension of frames.
         return indices.numpy()
+
+
+def _replace_saved_sampling(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments in which a given `fps` switches a saved or default `num_frames` off, and the other way round."""
+    if kwargs.get("fps") is not None:
+        return {"num_frames": None, **kwargs}
+    if kwargs.get("num_frames") is not None:
+        return {"fps": None, **kwargs}
+    return kwargs
 
 
 def _check_sampling(**arguments: float | None) -> None:

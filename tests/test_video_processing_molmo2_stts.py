@@ -229,3 +229,9 @@ def test_fps_at_load_replaces_the_saved_number(tmp_path):
     make(num_frames=8).save_pretrained(tmp_path)
     loaded = Molmo2SttsVideoProcessor.from_pretrained(tmp_path, fps=1)
     assert (loaded.fps, loaded.num_frames) == (1, None)
+
+
+def test_a_number_at_load_replaces_the_saved_fps(tmp_path):
+    make(fps=1).save_pretrained(tmp_path)
+    loaded = Molmo2SttsVideoProcessor.from_pretrained(tmp_path, num_frames=8)
+    assert (loaded.fps, loaded.num_frames) == (None, 8)
