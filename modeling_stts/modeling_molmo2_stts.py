@@ -249,6 +249,7 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
             cu_seqlens=packing.cu_seqlens,
             max_seqlen=hidden_states.shape[1],
         )
+        has_loss = self.training and stts_config.method == "scorer"
         kept_features = [
             packing.unpack(features[layer], patches_per_window)
             if layer > biased_layer
@@ -259,7 +260,7 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
             window_features=torch.cat([kept.to(features[last_layer].device) for kept in kept_features], dim=-1),
             keep_masks=tuple(mask.long() for mask in keep_masks),
             scores=tuple(scores),
-            temporal_loss=self._temporal_loss(scores, windows, plan) if stts_config.method == "scorer" else None,
+            temporal_loss=_temporal_loss(scores, windows, plan) if has_loss else None,
         )
 
     def idle_scorer_loss(self) -> torch.Tensor:
@@ -296,14 +297,6 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
             return [random_scores(*video.shape[:2], stts_config.seed).to(video.device) for video in windows]
         return [F.pad(1 - neighbor_similarity(video.detach()), (0, 0, 1, 0), value=1.0) for video in windows]
 
-    def _temporal_loss(
-        self, scores: list[torch.Tensor], windows: tuple[torch.Tensor, ...], plan: PrunePlan
-    ) -> torch.Tensor | None:
-        if not self.training:
-            return None
-        pruned = [video for video, num_pruned in enumerate(plan.num_pruned) if num_pruned > 0]
-        return temporal_loss([scores[video] for video in pruned], [windows[video] for video in pruned])
-
 
 def _key_bias(
     scores: list[torch.Tensor], plan: PrunePlan, stts_config: SttsConfig, patches_per_window: int
@@ -316,6 +309,11 @@ def _key_bias(
         bias = score_to_key_bias(video.unflatten(1, (plan.num_rows, plan.num_cols)), stts_config.bias_floor)
         biases.append(bias.flatten(1) if num_pruned > 0 else torch.zeros_like(video))
     return torch.cat(biases).repeat_interleave(patches_per_window, dim=1)[:, None, None]
+
+
+def _temporal_loss(scores: list[torch.Tensor], windows: tuple[torch.Tensor, ...], plan: PrunePlan) -> torch.Tensor:
+    pruned = [video for video, num_pruned in enumerate(plan.num_pruned) if num_pruned > 0]
+    return temporal_loss([scores[video] for video in pruned], [windows[video] for video in pruned])
 
 
 def _kept_windows(
@@ -536,8 +534,8 @@ class Molmo2SttsModel(Molmo2Model):
         if prune_ratio is not None:
             check_prune_ratio(prune_ratio)
         prompt = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
-        is_refused = prompt is None or inputs["pixel_values"] is not None or inputs["mm_encoder_outputs"] is not None
-        if inputs["pixel_values_videos"] is None or is_refused:
+        beside = (inputs["pixel_values"], inputs["mm_encoder_outputs"])
+        if inputs["pixel_values_videos"] is None or prompt is None or any(other is not None for other in beside):
             return inputs | {"position_ids": self._positions_after_cut(inputs)}, None, None
         names = ("pixel_values_videos", "video_token_pooling", "video_grids")
         video = self.get_video_features(*(inputs[name] for name in names), prune_ratio, return_dict=True)
