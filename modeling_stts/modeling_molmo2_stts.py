@@ -232,9 +232,11 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
         hidden_states = self._embed_windows(pixel_values, video_token_pooling)
         hidden_states = self._run(0, biased_layer - 1, hidden_states, features)
         windows = hidden_states.unflatten(1, (plan.num_windows, patches_per_window)).split(plan.num_frames)
-        scores = self._score(windows, stts_config)
+        scores = self.score_windows(windows, stts_config)
         keep_masks = [select_windows(video_scores, count) for video_scores, count in zip(scores, plan.num_pruned)]
-        key_bias = _key_bias(scores, plan, stts_config, patches_per_window)
+        key_bias = self.key_bias(scores, plan, stts_config)
+        if key_bias is not None:
+            key_bias = key_bias.repeat_interleave(patches_per_window, dim=1)[:, None, None]
         hidden_states = self._run(biased_layer, biased_layer, hidden_states, features, key_bias)
 
         keep_mask, num_kept = torch.cat(keep_masks), sum(plan.num_kept)
@@ -290,25 +292,41 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
                 features[layer] = hidden_states
         return hidden_states
 
-    def _score(self, windows: tuple[torch.Tensor, ...], stts_config: SttsConfig) -> list[torch.Tensor]:
+    def score_windows(self, windows: tuple[torch.Tensor, ...], stts_config: SttsConfig) -> list[torch.Tensor]:
+        """
+        Scores the windows of each video. To try another rule, put a function in the place of this method.
+
+        Args:
+            windows (`tuple[torch.Tensor]` of shape `(num_frames, num_windows, num_patches, hidden_size)`):
+                Residual stream of each video after block `score_after_layer`.
+
+        Returns:
+            `list[torch.Tensor]` of shape `(num_frames, num_windows)`, float32: for each video, higher = keep.
+        """
         if stts_config.method == "scorer":
             return [self.scorer(video) for video in windows]
         if stts_config.method == "random":
             return [random_scores(*video.shape[:2], stts_config.seed).to(video.device) for video in windows]
         return [F.pad(1 - neighbor_similarity(video.detach()), (0, 0, 1, 0), value=1.0) for video in windows]
 
+    def key_bias(self, scores: list[torch.Tensor], plan: PrunePlan, stts_config: SttsConfig) -> torch.Tensor | None:
+        """
+        Biases of the keys in the block after the scoring, through which the language loss reaches the scorer.
 
-def _key_bias(
-    scores: list[torch.Tensor], plan: PrunePlan, stts_config: SttsConfig, patches_per_window: int
-) -> torch.Tensor | None:
-    """Biases of shape `(num_frames, 1, 1, num_patches)`; videos of which nothing is pruned get zeros."""
-    if stts_config.method != "scorer":
-        return None
-    biases = []
-    for video, num_pruned in zip(scores, plan.num_pruned):
-        bias = score_to_key_bias(video.unflatten(1, (plan.num_rows, plan.num_cols)), stts_config.bias_floor)
-        biases.append(bias.flatten(1) if num_pruned > 0 else torch.zeros_like(video))
-    return torch.cat(biases).repeat_interleave(patches_per_window, dim=1)[:, None, None]
+        Args:
+            scores (`list[torch.Tensor]` of shape `(num_frames, num_windows)`): for each video.
+            plan (`PrunePlan`): says which videos are pruned; the others get zeros.
+
+        Returns:
+            `torch.Tensor` of shape `(total_frames, num_windows)`, or `None` where scores are not learned.
+        """
+        if stts_config.method != "scorer":
+            return None
+        biases = []
+        for video, num_pruned in zip(scores, plan.num_pruned):
+            bias = score_to_key_bias(video.unflatten(1, (plan.num_rows, plan.num_cols)), stts_config.bias_floor)
+            biases.append(bias.flatten(1) if num_pruned > 0 else torch.zeros_like(video))
+        return torch.cat(biases)
 
 
 def _temporal_loss(scores: list[torch.Tensor], windows: tuple[torch.Tensor, ...], plan: PrunePlan) -> torch.Tensor:

@@ -1,0 +1,190 @@
+"""Batches of training conversations: scenes, and questions with their answers as token ids. Drawn from seeds."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from model import PATCH_SIZE
+from render import Layout, Renderer, compress, lay_out
+from scenes import GRID, MAX_SEED, Question, Scene, describe, draw_questions, draw_scene
+from torch.utils.data import Dataset
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
+
+
+SHARES = {"short": 0.6, "long": 0.25, "detail": 0.15}  # of the batches
+QUESTIONED = 0.8  # share of videos with questions; the others are only described
+LONG_SAMPLE = 64  # frames
+
+
+class Conversation(NamedTuple):
+    """
+    input_ids, labels (`list[int]`): of one length; labels are -100 but for the answers and the token that ends each.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+    def part(self, start: int, end: int | None) -> "Conversation":
+        """The tokens from `start` to just before `end`, or to the last if it is `None`."""
+        return Conversation(self.input_ids[start:end], self.labels[start:end])
+
+
+class Conversations(Dataset):
+    """
+    One item is one batch: videos of one length, each with all its questions as turns of one conversation.
+
+    Args:
+        processor (`Molmo2SttsProcessor`): gives the tokens.
+        num_batches (`int`): length of the training.
+        seed (`int`): what all batches are drawn from; item `i` depends on the seed and `i` alone.
+        frames_per_batch (`int`): a batch holds as many videos as have so many frames together.
+        prune_ratios (`list[float]`): each batch is pruned by one of them.
+    """
+
+    def __init__(self, processor, num_batches: int, seed: int, frames_per_batch: int, prune_ratios: list[float]):
+        self.writer = ConversationWriter(processor)
+        self.num_batches, self.seed = num_batches, seed
+        self.frames_per_batch, self.prune_ratios = frames_per_batch, prune_ratios
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        rng = np.random.default_rng([self.seed, i])
+        name = rng.choice(list(SHARES), p=list(SHARES.values()))
+        scenes = [draw_scene(name, "train", int(rng.integers(MAX_SEED)))]
+        frames = sampled_frames(scenes[0])
+        while len(scenes) < self.frames_per_batch // len(frames):
+            scene = draw_scene(name, "train", int(rng.integers(MAX_SEED)))
+            if scene.num_frames == scenes[0].num_frames:
+                scenes.append(scene)
+        conversations = [self.writer.write(scene, frames, draw_turns(scene, rng)) for scene in scenes]
+        return {
+            "name": str(name),
+            "layout": lay_out(scenes, [frames] * len(scenes), "train"),
+            "seed": i,
+            "prune_ratio": float(rng.choice(self.prune_ratios)),
+            **pad_left(conversations, self.writer.pad_token_id, self.writer.video_token_id),
+        }
+
+
+def draw_turns(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """All questions and the description last, where it cannot give answers away; or the description alone."""
+    questions = draw_questions(scene, rng) if rng.random() < QUESTIONED else []
+    return [*questions, describe(scene)]
+
+
+class ConversationWriter:
+    """Writes conversations as the processor does, without decoding a video first."""
+
+    def __init__(self, processor):
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.pad_token_id = self.tokenizer.pad_token_id
+        self.video_token_id, self.frame_end_id = self.tokenizer.convert_tokens_to_ids(["<im_patch>", "<frame_end>"])
+        self.times = {}
+
+    def write(self, scene: Scene, frames: np.ndarray, questions: list[Question]) -> Conversation:
+        """
+        Args:
+            scene (`Scene`): the video.
+            frames (`np.ndarray`): indices of the sampled frames.
+            questions (`list[Question]`): turns of the conversation.
+        """
+        input_ids, labels = [], []
+        for turn, question in enumerate(questions):
+            content = [{"type": "video"}] * (turn == 0) + [{"type": "text", "text": question.text}]
+            asked = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            before, _, after = asked.rpartition(self.processor.video_token)
+            prompt = self._ids((self.tokenizer.eos_token if turn == 0 else "\n") + before)
+            prompt += (self._video_ids(scene, frames) if turn == 0 else []) + self._ids(after)
+            answer = self._ids(question.answer + self.tokenizer.eos_token)
+            input_ids += prompt + answer
+            labels += [-100] * len(prompt) + answer
+        return Conversation(input_ids, labels)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _video_ids(self, scene: Scene, frames: np.ndarray) -> list[int]:
+        ids = []
+        for position, frame in enumerate(frames):
+            key = (position > 0, frame / scene.fps)
+            if key not in self.times:
+                grid = torch.tensor([1, GRID, GRID])
+                text = self.processor.get_video_string(grid, [frame / scene.fps])
+                self.times[key] = self._ids(" " * key[0] + text)
+            ids += self.times[key]
+        return ids
+
+
+def sampled_frames(scene: Scene, num_frames: int | None = None) -> np.ndarray:
+    """
+    The frames that the processor would sample.
+
+    Args:
+        scene (`Scene`): the video.
+        num_frames (`int`, *optional*): how many; all of a short video and 64 of a long one if not given.
+    """
+    num_frames = min(scene.num_frames, num_frames or LONG_SAMPLE)
+    return np.arange(0, scene.num_frames, scene.num_frames / num_frames).astype(int)
+
+
+def pad_left(conversations: list[Conversation], pad_token_id: int, video_token_id: int) -> dict[str, torch.Tensor]:
+    """`input_ids`, `attention_mask`, `mm_token_type_ids` and `labels` of shape `(num_conversations, longest)`."""
+    longest = max(len(conversation.input_ids) for conversation in conversations)
+    input_ids, labels = (
+        torch.tensor([[padding] * (longest - len(ids)) + ids for ids in rows])
+        for padding, rows in zip((pad_token_id, -100), zip(*conversations))
+    )
+    lengths = torch.tensor([len(conversation.input_ids) for conversation in conversations])
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (torch.arange(longest) >= longest - lengths[:, None]).long(),
+        "mm_token_type_ids": (input_ids == video_token_id).long(),
+        "labels": labels,
+    }
+
+
+def render_inputs(layout: Layout, renderer: Renderer, seed: int) -> dict[str, torch.Tensor]:
+    """
+    Renders scenes as the video processor would hand them over after a trip through a codec.
+
+    Args:
+        layout (`Layout`): the scenes.
+        renderer (`Renderer`): of their split.
+        seed (`int`): seed of the noise.
+
+    Returns:
+        `dict`: `pixel_values_videos`, `video_token_pooling` and `video_grids`, as in `Molmo2SttsVideoProcessor`.
+    """
+    images = renderer.render(layout, seed)
+    quality = torch.from_numpy(layout.quality).to(images.device, torch.float32)
+    return frames_to_inputs(compress(images, quality))
+
+
+def frames_to_inputs(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    What the video processor makes of frames of the model's own size.
+
+    Args:
+        images (`torch.Tensor` of shape `(num_videos, num_frames, 3, FRAME_SIZE, FRAME_SIZE)`, uint8).
+    """
+    num_videos, num_frames = images.shape[:2]
+    mean, std = (255 * images.new_tensor(values, dtype=torch.float32) for values in _NORMALIZATION)
+    pixels = (images.flatten(0, 1).float() - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    patches = pixels.unflatten(3, (-1, PATCH_SIZE)).unflatten(2, (-1, PATCH_SIZE))
+    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    side = 3 * GRID
+    windows = torch.arange(side**2, device=images.device).view(GRID, 3, GRID, 3).transpose(1, 2).reshape(-1, 9)
+    first = torch.arange(num_videos * num_frames, device=images.device) * side**2
+    return {
+        "pixel_values_videos": patches,
+        "video_token_pooling": (first.view(-1, 1, 1) + windows).flatten(0, 1),
+        "video_grids": torch.tensor([[num_frames, GRID, GRID]] * num_videos),
+    }
+
+
+_NORMALIZATION = (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
