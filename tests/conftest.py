@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from hub_upload.build import build_hub_folder
+from hub_upload.card import write_card
+from hub_upload.check import check
 
 
 NUM_CLIP_FRAMES = 20
@@ -16,6 +18,15 @@ CLIP_FPS = 4
 def tiny_folder(tmp_path_factory) -> Path:
     """A hub folder with the tiny random model. Read only: all tests share it."""
     return build_hub_folder(tmp_path_factory.mktemp("hub") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def checked_folder(tmp_path_factory) -> Path:
+    """The tiny hub folder with a model card for user/tiny at v1, and a report beside it. Read only."""
+    folder = build_hub_folder(tmp_path_factory.mktemp("checked") / "tiny")
+    write_card(folder, "user/tiny", license="apache-2.0", revision="v1")
+    check(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
