@@ -1,9 +1,12 @@
 """Fixtures that several test files share."""
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_server import run_hub
+from huggingface_hub import constants
 
 from hub_upload.build import build_hub_folder
 from hub_upload.card import write_card
@@ -45,3 +48,19 @@ def clip(tmp_path_factory) -> Path:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on loopback, the only one that this process knows; the client's pauses before it tries again are short."""
+    (tmp_path / "hub").mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "good-token")
+    pause = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: pause(min(seconds, 0.01)))
+    with run_hub(tmp_path / "hub") as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        yield hub
