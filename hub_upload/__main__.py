@@ -11,11 +11,12 @@ from modeling_stts.stts_release import VERSION
 from .build import DTYPES, TINY, build_hub_folder
 from .card import RELATIONS, write_card
 from .check import check, report_path
+from .convert import convert
 from .push import MAIN, MESSAGE, Target, plan_push, push
 
 
 def _build(args: argparse.Namespace) -> int:
-    folder = build_hub_folder(args.out, args.source, args.prune_ratio, args.method, args.dtype)
+    folder = build_hub_folder(args.out, args.source, args.prune_ratio, args.method, args.dtype, adapter=args.adapter)
     print(f"Built {folder} with {len(list(folder.iterdir()))} files.")
     return 0
 
@@ -57,6 +58,21 @@ def _push(args: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(args: argparse.Namespace) -> int:
+    conversion = convert(
+        args.out,
+        args.source,
+        processor=args.processor,
+        prune_ratio=args.prune_ratio,
+        method=args.method,
+        dtype=args.dtype,
+        max_position_embeddings=args.max_position_embeddings,
+    )
+    print(conversion.to_text())
+    print(f"Converted {args.source} to {conversion.folder}")
+    return 0
+
+
 def _agrees(question: str) -> bool:
     try:
         return input(question).strip().lower() in ("y", "yes")
@@ -75,6 +91,9 @@ def _add_build(commands) -> None:
         "--source",
         default=TINY,
         help=f'local folder with a Molmo2 or an STTS checkpoint, or "{TINY}", a tiny random model (the default)',
+    )
+    build.add_argument(
+        "--adapter", metavar="FOLDER", help="LoRA adapter of PEFT to merge into the source's weights; needs peft"
     )
     _add_settings(build)
     build.set_defaults(run=_build)
@@ -149,12 +168,39 @@ def _add_push(commands) -> None:
     command.set_defaults(run=_push)
 
 
+def _add_convert(commands) -> None:
+    command = commands.add_parser(
+        "convert",
+        help="make a hub folder from a native checkpoint, in little memory",
+        description="Converts a native checkpoint of the reference (config.yaml with model.pt, safetensors files or "
+        "model_and_optim) or a Molmo2 checkpoint of the Hub to a hub folder, one shard at a time, and prints what "
+        "became of every tensor.",
+    )
+    command.add_argument("out", metavar="OUT", help="the folder to make; it must not exist")
+    command.add_argument("source", metavar="SOURCE", help="local folder with the checkpoint")
+    command.add_argument(
+        "--processor",
+        metavar="FOLDER",
+        help="local folder with tokenizer and processor files, such as a Molmo2 checkpoint of the same size; native "
+        "checkpoints need it (default: SOURCE)",
+    )
+    _add_settings(command)
+    command.add_argument(
+        "--max-position-embeddings",
+        type=int,
+        metavar="N",
+        help="longest prompt in tokens, for native checkpoints: 36864 for Molmo2-4B and 8B, 65536 for Molmo2-O-7B "
+        "(default: that of their training)",
+    )
+    command.set_defaults(run=_convert)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m hub_upload", description="Makes, checks and publishes hub folders of STTS models."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_build, _add_check, _add_push, _add_card):
+    for add in (_add_build, _add_check, _add_push, _add_convert, _add_card):
         add(commands)
     return parser
 

@@ -114,7 +114,7 @@ class TorchFile(WeightFile):
     def _load(self) -> dict[str, torch.Tensor]:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{self.path} is not a whole file with tensors alone: {reason}") from error
         if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
@@ -128,7 +128,7 @@ class DistributedCheckpoint(WeightFile):
     def __init__(self, path: Path):
         super().__init__(path)
         self.reader = _TensorReader(path)
-        entries = self.reader.read_metadata().state_dict_metadata
+        entries = self.reader.metadata.state_dict_metadata
         self.tensors = {
             name.removeprefix(MODEL_PREFIX): entry
             for name, entry in entries.items()
@@ -154,18 +154,27 @@ class DistributedCheckpoint(WeightFile):
 
 
 class _TensorReader(dcp.FileSystemReader):
-    """Differences from `FileSystemReader`: the metadata may hold descriptions of tensors and nothing else."""
+    """
+    Differences from `FileSystemReader`: the metadata may hold descriptions of tensors and nothing else, and is read
+    once, not for each tensor.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.metadata = self._read_metadata()
 
     def read_metadata(self, *args, **kwargs) -> metadata.Metadata:
+        # As the class that this one stands for does.
+        self.metadata.storage_meta = metadata.StorageMeta(load_id=self.load_id)
+        return self.metadata
+
+    def _read_metadata(self) -> metadata.Metadata:
         path = Path(self.path) / METADATA
         try:
             with open(path, "rb") as file:
-                found = _MetadataUnpickler(file).load()
+                return _MetadataUnpickler(file).load()
         except (pickle.UnpicklingError, EOFError, AttributeError) as error:
             raise ValueError(f"{path} is not the metadata of a distributed checkpoint: {error}") from error
-        # As the class that this one stands for does.
-        found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
-        return found
 
 
 class _MetadataUnpickler(pickle.Unpickler):

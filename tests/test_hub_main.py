@@ -53,8 +53,9 @@ def test_wrong_usage(arguments):
 
 
 OPTIONS = {
-    "": ["build", "check", "push", "card"],
-    "build": ["OUT", "--source", "--prune-ratio", "--method", "--dtype", "tiny"],
+    "": ["build", "check", "push", "convert", "card"],
+    "convert": ["OUT", "SOURCE", "--processor", "--dtype", "--max-position-embeddings"],
+    "build": ["OUT", "--source", "--adapter", "--prune-ratio", "--method", "--dtype", "tiny"],
     "check": ["FOLDER", "--json"],
     "card": ["FOLDER", "REPO", "--license", "--revision", "--base-model", "--dataset", "--results", "--about"],
     "push": ["FOLDER", "REPO", "--public", "--branch", "--tag", "--pull-request", "--message", "--dry-run", "--yes"],
@@ -68,6 +69,15 @@ def test_help_names_every_option(capsys, command):
     assert exit_info.value.code == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in OPTIONS[command])
+
+
+def test_convert(tiny_folder, tmp_path, capsys):
+    assert main(["convert", str(tmp_path / "out"), str(tiny_folder), "--dtype", "float16"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2] == "170 kept, 4 split, 2 joined" and printed[-1].endswith(f"to {tmp_path / 'out'}")
+    assert '"dtype": "float16"' in (tmp_path / "out" / "config.json").read_text()
+    assert main(["convert", str(tmp_path / "out"), str(tiny_folder)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'out'} exists.")
 
 
 def test_card(tiny_folder, tmp_path, capsys):
