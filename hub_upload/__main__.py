@@ -218,7 +218,6 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         return args.run(args)
     except (OSError, ValueError) as error:

@@ -171,18 +171,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, answer: Answer) -> None:
         data = json.dumps(answer.content).encode() if answer.path is None else answer.path.read_bytes()
-        status, start = answer.status, 0
-        if answer.path is not None and (wanted := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))):
-            status, start = 206, int(wanted.group(1))
-        self.send_response(status)
+        self.send_response(answer.status)
         for name, value in {"Content-Type": "application/json", **answer.headers}.items():
             self.send_header(name, value)
-        if status == 206:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(len(data) - start))
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data[start:])
+            self.wfile.write(data)
 
     @property
     def user(self) -> str | None:
@@ -249,18 +244,6 @@ def list_tree(request: Handler, body: bytes, repo_id: str, revision: str) -> Ans
     return NO_REVISION if commit is None else Answer(200, [tree_entry(*item) for item in commit.files.items()])
 
 
-def paths_info(request: Handler, body: bytes, repo_id: str, revision: str) -> Answer:
-    repository = request.repository(repo_id)
-    if repository is None:
-        return NO_REPO
-    commit = repository.find(revision)
-    if commit is None:
-        return NO_REVISION
-    is_json = "json" in request.headers.get("Content-Type", "")
-    paths = json.loads(body)["paths"] if is_json else parse_qs(body.decode())["paths"]
-    return Answer(200, [tree_entry(name, commit.files[name]) for name in paths if name in commit.files])
-
-
 def list_refs(request: Handler, body: bytes, repo_id: str) -> Answer:
     repository = request.repository(repo_id)
     if repository is None:
@@ -272,14 +255,6 @@ def list_refs(request: Handler, body: bytes, repo_id: str) -> Answer:
 
     kinds = {"branches": "refs/heads/", "tags": "refs/tags/", "pullRequests": "refs/pr/"}
     return Answer(200, {"converts": [], **{kind: refs(prefix) for kind, prefix in kinds.items()}})
-
-
-def list_commits(request: Handler, body: bytes, repo_id: str, revision: str) -> Answer:
-    repository = request.repository(repo_id)
-    if repository is None:
-        return NO_REPO
-    fields = {"message": "", "date": "2026-01-01T00:00:00.000Z", "authors": []}
-    return Answer(200, [{"id": commit.oid, "title": commit.title, **fields} for commit in repository.log(revision)])
 
 
 def preupload(request: Handler, body: bytes, repo_id: str, revision: str) -> Answer:
@@ -397,7 +372,7 @@ def resolve(request: Handler, body: bytes, repo_id: str, revision: str, name: st
         return NO_ENTRY._replace(headers={**NO_ENTRY.headers, **headers})
     file = commit.files[name]
     tag = f'"{file.sha256 if file.is_large else file.oid}"'
-    headers |= {"ETag": tag, "X-Linked-Etag": tag, "X-Linked-Size": str(file.size), "Accept-Ranges": "bytes"}
+    headers |= {"ETag": tag, "X-Linked-Etag": tag, "X-Linked-Size": str(file.size)}
     return Answer(200, headers=headers, path=request.hub.path(file.sha256))
 
 
@@ -410,8 +385,6 @@ ROUTES = [
     ("GET", rf"/api/models/{REPO}/revision/{REST}", model_info),
     ("GET", rf"/api/models/{REPO}/tree/{REST}", list_tree),
     ("GET", rf"/api/models/{REPO}/refs", list_refs),
-    ("GET", rf"/api/models/{REPO}/commits/{REST}", list_commits),
-    ("POST", rf"/api/models/{REPO}/paths-info/{REST}", paths_info),
     ("POST", rf"/api/models/{REPO}/preupload/{REST}", preupload),
     ("POST", rf"/api/models/{REPO}/commit/{REST}", make_commit),
     ("POST", rf"/api/models/{REPO}/(branch|tag)/{REST}", make_ref),
