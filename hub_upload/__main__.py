@@ -45,7 +45,8 @@ def _card(args: argparse.Namespace) -> int:
 
 
 def _push(args: argparse.Namespace) -> int:
-    target = Target(args.repo_id, args.public, args.branch, args.tag, args.pull_request, args.message)
+    names = ("repo_id", "public", "branch", "tag", "pull_request", "message")
+    target = Target(**{name: getattr(args, name) for name in names})
     plan = plan_push(args.folder, target)
     print(plan.to_text())
     if args.dry_run:

@@ -230,7 +230,8 @@ def _check_card(folder: Path) -> str:
 
 def _run_as_a_stranger(folder: Path) -> list[Finding]:
     script = Path(stranger.__file__).read_text(encoding="utf-8")
-    with tempfile.TemporaryDirectory(prefix="stts_check.") as scratch:
+    # Beside the folder, where there is room for one of its size.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         # By its text: started by its path, it would find this package's other files first when it imports.
         blocker = "import sys; sys.modules['modeling_stts'] = None\n"
         command = [sys.executable, "-c", blocker + script, str(folder), scratch]

@@ -249,7 +249,8 @@ def _create_repository(api: HfApi, target: Target) -> str:
 
 
 def _compare(api: HfApi, plan: PushPlan, revision: str) -> None:
-    with tempfile.TemporaryDirectory(prefix="stts_push.") as cache:
+    # Beside the folder, where there is room for one of its size.
+    with tempfile.TemporaryDirectory(prefix=f".{plan.folder.name}.", dir=plan.folder.parent) as cache:
         names = list(plan.hashes)
         got = Path(
             api.snapshot_download(plan.target.repo_id, revision=revision, cache_dir=cache, allow_patterns=names)
