@@ -135,7 +135,7 @@ def plan_push(folder: str | os.PathLike, target: Target) -> PushPlan:
         user = api.whoami()["name"]
         remote = _look(api, target)
     known = [name for name in hashes if name in remote.files]
-    unchanged = [name for name in known if _is_same(folder / name, remote.files[name])]
+    unchanged = [name for name in known if _is_same(folder / name, hashes[name], remote.files[name])]
     return PushPlan(
         folder=folder,
         hashes=hashes,
@@ -182,7 +182,7 @@ def push(plan: PushPlan) -> PushResult:
             parent_commit=parent,
         )
     result = PushResult(commit.oid, commit.pr_url or commit.commit_url, commit.pr_revision or commit.oid)
-    with _plain_errors(f"The commit {commit.oid} was made, but not verified or tagged"):
+    with _plain_errors(f"The commit {commit.oid} was made, but not compared or tagged"):
         _compare(api, plan, result.revision)
         if target.tag is not None:
             api.create_tag(target.repo_id, tag=target.tag, revision=commit.oid)
@@ -237,9 +237,9 @@ def _look(api: HfApi, target: Target) -> Remote:
     return Remote(parent, not info.private, makes_branch, files)
 
 
-def _is_same(path: Path, remote: RepoFile) -> bool:
+def _is_same(path: Path, sha256: str, remote: RepoFile) -> bool:
     if remote.lfs is not None:
-        return file_hash(path) == remote.lfs.sha256
+        return sha256 == remote.lfs.sha256
     return remote.size == path.stat().st_size and git_hash(path.read_bytes()) == remote.blob_id
 
 

@@ -211,6 +211,20 @@ def test_a_released_checkpoint_gives_what_build_gives(released, tmp_path, dtype)
             assert path.read_bytes() == (conversion.folder / path.name).read_bytes(), path.name
 
 
+def test_fields_as_released_with_more_layers_than_weights(released, tmp_path):
+    source = Path(shutil.copytree(released, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    config["vit_config"] = {**config.pop("vision_config"), "num_hidden_layers": 10}
+    config["adapter_config"]["vit_layers"] = [-3, -5]
+    del config["adapter_config"]["vision_feature_layer"]
+    (source / "config.json").write_text(json.dumps(config))
+    conversion = convert(tmp_path / "out", source)
+    loaded = load(conversion.folder)
+    assert loaded.config.vision_config.num_hidden_layers == 8
+    assert loaded.config.adapter_config.vision_feature_layer == [7, 5]
+    assert_equal_weights(loaded, load(build_hub_folder(tmp_path / "built", released)))
+
+
 def test_the_same_input_gives_the_same_bytes(native, converted, tiny_folder, tmp_path):
     again = convert(tmp_path / "again", native, processor=tiny_folder).folder
     assert all(path.read_bytes() == (again / path.name).read_bytes() for path in list_files(converted.folder))

@@ -190,6 +190,19 @@ def test_what_the_hub_holds_is_compared(hub, folder):
     assert "refs/tags/v1" not in hub.repositories["user/tiny"].refs
 
 
+def test_a_push_that_could_not_compare_is_finished_by_the_next(hub, folder):
+    hub.fail_next("GET", "resolve/.*/model.safetensors", "500", times=100)
+    with pytest.raises(OSError, match=r"The Hub failed: .*The commit \w+ was made, but not compared or tagged"):
+        push_it(folder, tag="v1")
+    hub.faults.clear()
+    refs = hub.repositories["user/tiny"].refs
+    assert list(refs) == ["refs/heads/main"]
+    plan = plan_push(folder, Target("user/tiny", tag="v1"))
+    assert plan.added == plan.changed == []
+    assert push(plan).commit == refs["refs/tags/v1"] == refs["refs/heads/main"]
+    assert len(hub.repositories["user/tiny"].commits) == 2
+
+
 def test_two_pushes_at_once(hub, folder, second):
     push_it(folder, tag="v1")
     plans = [plan_push(second, Target("user/tiny", tag="v2"))]
