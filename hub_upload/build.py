@@ -20,6 +20,7 @@ from modeling_stts import (
 
 from .folder import list_files
 from .tiny import tiny_model, tiny_processor
+from .weight_files import is_finite
 
 
 TINY = "tiny"
@@ -240,7 +241,7 @@ def _merge_adapter(model: Molmo2SttsForConditionalGeneration, adapter: Path) -> 
 
 def _check_finite(model: Molmo2SttsForConditionalGeneration) -> None:
     for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise ValueError(f"{name} has values that are not finite (NaN or infinite).")
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from huggingface_hub import CommitOperationAdd, ModelCard, get_local_safetensors_metadata
 from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
 from huggingface_hub.utils import tqdm
@@ -22,6 +21,7 @@ from modeling_stts.stts_release import VERSION, code_file_hashes, code_hash
 from . import stranger
 from .card import PIPELINE_TAG, pinned_revision
 from .folder import PACKAGE, file_hashes, folder_hash, list_files, write_text
+from .weight_files import is_finite
 
 
 ALLOWED_PACKAGES = frozenset(["torch", "torchvision", "transformers", "huggingface_hub", "numpy", "av"])
@@ -205,7 +205,7 @@ def _check_weight_file(path: Path, weight_map: dict[str, str] | None) -> None:
             if weight_map is not None and keys != {key for key, name in weight_map.items() if name == path.name}:
                 raise ValueError(f"{path.name} does not hold the weights that the index says")
             for key in sorted(keys):
-                if not torch.isfinite(file.get_tensor(key)).all():
+                if not is_finite(file.get_tensor(key)):
                     raise ValueError(f"{path.name}: {key} has values that are not finite (NaN or infinite)")
     except SafetensorError as error:
         raise ValueError(f"{path.name} cannot be read: {error}") from error

@@ -36,7 +36,7 @@ from .build import (
 )
 from .folder import PACKAGE
 from .native_config import CONFIG_FILE, apply_preprocessing, convert_config, is_pruned, read_native_config
-from .weight_files import TensorSpec, WeightFile, open_weights
+from .weight_files import TensorSpec, WeightFile, is_finite, open_weights
 
 
 SHARD_PATTERN = "model{suffix}.safetensors"
@@ -332,10 +332,11 @@ def _read(pieces: dict[str, _Piece], names: list[str], dtype: torch.dtype) -> It
         sources = [pieces[target].source for target in targets]
         tensors = [pieces[target].tensor for target in targets] if file is None else file.read(sources)
         for target, tensor in zip(targets, tensors):
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise ValueError(f"{pieces[target].source} has values that are not finite (NaN or infinite).")
-            # Cloned, because with tied embeddings two names may stand for one memory.
-            yield target, tensor.to(dtype).clone() if target == LM_HEAD else tensor.to(dtype)
+            is_tied = target == LM_HEAD and pieces[target] is pieces[EMBEDDING]
+            # A file cannot hold one memory by two names.
+            yield target, tensor.to(dtype, copy=is_tied)
 
 
 __all__ = ["Conversion", "Row", "convert", "to_released_name"]

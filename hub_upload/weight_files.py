@@ -185,6 +185,11 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of floats has no NaN and no infinite value. Needs no memory of the tensor's size."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
 def open_weights(folder: Path) -> list[WeightFile]:
     """
     The weight files of a checkpoint.
@@ -217,4 +222,4 @@ def open_weights(folder: Path) -> list[WeightFile]:
     raise FileNotFoundError(f"{folder} has no weights (model*.safetensors, model*.pt or {DISTRIBUTED}/{METADATA}).")
 
 
-__all__ = ["TensorSpec", "WeightFile", "open_weights"]
+__all__ = ["TensorSpec", "WeightFile", "is_finite", "open_weights"]

@@ -7,7 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
-from hub_upload.weight_files import TensorSpec, open_weights
+from hub_upload.weight_files import TensorSpec, is_finite, open_weights
 
 
 @pytest.fixture
@@ -63,6 +63,15 @@ def test_all_formats_give_the_same_tensors(tensors, tmp_path, save):
 
 def test_number_of_bytes():
     assert TensorSpec((3, 4), torch.bfloat16).num_bytes == 24 and TensorSpec((), torch.float32).num_bytes == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_is_finite(dtype):
+    tensor = torch.randn(3, 4).to(dtype)
+    assert is_finite(tensor) and is_finite(tensor[:0]) and is_finite(tensor[0, 0])
+    for value in (torch.nan, torch.inf, -torch.inf):
+        tensor[1, 2] = value
+        assert not is_finite(tensor)
 
 
 def test_no_weights_and_a_missing_shard(tensors, tmp_path):
