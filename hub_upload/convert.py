@@ -188,7 +188,6 @@ def _read_native(
 
 def _read_released(source: Path, processor: str | os.PathLike | None, stts: dict) -> _Checkpoint:
     config = load_config(source, stts)
-    config.architectures = ["Molmo2SttsForConditionalGeneration"]
     has_settings = (source / "generation_config.json").is_file()
     return _Checkpoint(
         config,
@@ -217,7 +216,7 @@ def to_released_name(name: str) -> str:
 
 
 def _plan(checkpoint: _Checkpoint, source: Path, dtype: str | None) -> tuple[dict[str, _Piece], list[Row]]:
-    """Where each tensor of the hub folder comes from, and the table. Sets the configuration's `dtype`."""
+    """Where each tensor of the hub folder comes from, and the table. Sets what saving a model sets in its config."""
     config, files = checkpoint.config, open_weights(source)
     found = _locate(files, checkpoint.is_native)
     left_over = [Row("left over", name, "", "not a weight") for file in files for name in file.other_names]
@@ -226,6 +225,7 @@ def _plan(checkpoint: _Checkpoint, source: Path, dtype: str | None) -> tuple[dic
         found[LM_HEAD] = found[EMBEDDING]
     model = _empty_model(config)
     _check_tensors(source, found, _expected_shapes(model, found), checkpoint.may_lack_scorer)
+    config.architectures = [type(model).__name__]
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
         part.dtype = found[EMBEDDING].spec.dtype if dtype is None else getattr(torch, dtype)
     rows = [

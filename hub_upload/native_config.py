@@ -95,7 +95,6 @@ def convert_config(
         stts_config=_stts_fields(vit) if is_pruned(model) else {},
         initializer_range=llm["initializer_range"],
         tie_word_embeddings=False,
-        architectures=["Molmo2SttsForConditionalGeneration"],
         **{field: _token_id(tokenizer, token) for field, token in TOKEN_FIELDS.items()},
     )
 
