@@ -131,6 +131,8 @@ class Hub:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Else each answer waits 40 ms for the client to acknowledge its headers.
+    disable_nagle_algorithm = True
     hub: Hub
 
     def log_message(self, *args):
