@@ -1,10 +1,12 @@
 """Fixtures that several test files share."""
 
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hub_server import run_hub
 from huggingface_hub import constants
 
@@ -12,6 +14,10 @@ from hub_upload.build import build_hub_folder
 from hub_upload.card import write_card
 from hub_upload.check import check
 
+
+# Tiny models gain nothing from more threads, and where the machine is busy they wait for each other.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start
 
 NUM_CLIP_FRAMES = 20
 CLIP_FPS = 4
