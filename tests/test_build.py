@@ -402,7 +402,8 @@ def test_weights_that_are_not_finite(native_copy, tmp_path):
 @pytest.fixture
 def adapter(tiny_folder, tmp_path):
     """A LoRA adapter for the tiny model that also holds a whole layer of the scorer, and the model that it makes."""
-    peft = pytest.importorskip("peft")
+    import peft  # the other tests of this file need none
+
     config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "fc1"], modules_to_save=["fc3"])
     tuned = peft.get_peft_model(Molmo2SttsForConditionalGeneration.from_pretrained(tiny_folder), config)
     generator = torch.Generator().manual_seed(0)
