@@ -332,11 +332,13 @@ def _read(pieces: dict[str, _Piece], names: list[str], dtype: torch.dtype) -> It
         sources = [pieces[target].source for target in targets]
         tensors = [pieces[target].tensor for target in targets] if file is None else file.read(sources)
         for target, tensor in zip(targets, tensors):
-            if not is_finite(tensor):
-                raise ValueError(f"{pieces[target].source} has values that are not finite (NaN or infinite).")
-            is_tied = target == LM_HEAD and pieces[target] is pieces[EMBEDDING]
-            # A file cannot hold one memory by two names.
-            yield target, tensor.to(dtype, copy=is_tied)
+            # A file cannot hold one memory by two names, nor a tensor with gaps.
+            copy = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            # After the change of type, which has its own largest number.
+            if not is_finite(copy):
+                words = f"not finite (NaN or infinite) as {dtype}".replace("torch.", "")
+                raise ValueError(f"{pieces[target].source} has values that are {words}.")
+            yield target, copy
 
 
 __all__ = ["Conversion", "Row", "convert", "to_released_name"]

@@ -172,6 +172,25 @@ def test_tied_embeddings_are_copied(model, copy, tiny_folder, tmp_path):
     assert torch.equal(loaded.lm_head.weight, loaded.get_input_embeddings().weight[:259])
 
 
+def test_tensors_that_share_memory_or_are_not_contiguous(model, copy, tiny_folder, tmp_path):
+    norms = [f"transformer.blocks.{i}.attn_norm.weight" for i in range(2)]
+    weights = native_weights(model)
+    output = weights["transformer.blocks.0.attn_out.weight"]
+    weights |= {norms[1]: weights[norms[0]], "transformer.blocks.0.attn_out.weight": output.t().contiguous().t()}
+    torch.save(weights, copy / "model.pt")
+    loaded = load(convert(tmp_path / "out", copy, processor=tiny_folder).folder).state_dict()
+    first, second = (loaded[f"model.language_model.layers.{i}.input_layernorm.weight"] for i in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(loaded["model.language_model.layers.0.self_attn.o_proj.weight"], output)
+
+
+def test_values_that_are_too_large_for_the_type(copy, tiny_folder, tmp_path):
+    edit_weights(copy, lambda weights: weights["transformer.ln_f.weight"].fill_(1e6))
+    with pytest.raises(ValueError, match="transformer.ln_f.weight has values that are not finite .* as float16"):
+        convert(tmp_path / "out", copy, processor=tiny_folder, dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_native_checkpoint_without_scorer_gets_a_new_one(model, copy, tiny_folder, tmp_path):
     weights = {name: tensor for name, tensor in native_weights(model).items() if "temporal_token_scorer" not in name}
     torch.save(weights, copy / "model.pt")
