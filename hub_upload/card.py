@@ -40,6 +40,7 @@ PIPELINE_TAG = "video-text-to-text"
 RELATIONS = ("finetune", "merge", "quantized", "adapter")
 FIELDS = {"name": str, "dataset": str, "rows": list, "hardware": str, "date": str, "command": str}
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+REVISION = re.compile(r"\w[\w./+-]*", re.ASCII)
 PINNED = re.compile(r'^repo_id, revision = "([^"]+)", "([^"]+)"$', re.MULTILINE)
 
 SNIPPET = """\
@@ -177,6 +178,7 @@ def write_card(
         raise ValueError(f"`base_model_relation` must be one of {RELATIONS}, got {base_model_relation!r}.")
     for name in [repo_id, *datasets, *([] if base_model is None else [base_model])]:
         check_repo_id(name)
+    check_revision(revision)
     if code_file_hashes(folder) != code_file_hashes(PACKAGE):
         raise ValueError(
             f"The code files of {folder} are not those of the installed release {VERSION}; build it again."
@@ -218,6 +220,15 @@ def check_repo_id(repo_id: str) -> None:
     if REPO_ID.fullmatch(repo_id) is None:
         raise ValueError(f"{repo_id!r} is not a repository name; it must have the form user/name.")
     validate_repo_id(repo_id)
+
+
+def check_revision(revision: str) -> None:
+    """Raises a `ValueError` if a text is not the name of a branch or tag."""
+    if REVISION.fullmatch(revision) is None:
+        raise ValueError(
+            f"{revision!r} is not the name of a branch or tag; it must begin with a letter or digit and hold only "
+            f"letters, digits and . _ - + /"
+        )
 
 
 def pinned_revision(folder: str | os.PathLike) -> Pin:

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -32,6 +33,13 @@ def results(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(RESULTS))
     return path
+
+
+@pytest.mark.parametrize("revision", ['v1"', "v 1", "v1\nimport os", "../v1", ""])
+def test_revisions_that_are_not_valid(folder, revision):
+    with pytest.raises(ValueError, match=re.escape(f"{revision!r} is not the name of a branch or tag")):
+        write_card(folder, "user/name", license="mit", revision=revision)
+    assert not (folder / "README.md").exists()
 
 
 def test_metadata(folder, results):
