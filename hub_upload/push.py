@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import HfApi, RepoFile, get_token
+from huggingface_hub import HfApi, ModelCard, RepoFile, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 from huggingface_hub.utils.sha import git_hash
 
 from modeling_stts.stts_release import VERSION
 
-from .card import check_repo_id, pinned_revision
+from .card import check_repo_id, check_revision, pinned_revision
 from .check import report_path
-from .folder import file_hash, file_hashes, folder_hash
+from .folder import file_hash, file_hashes, folder_hash, may_be_published
 
 
 MAIN = "main"
@@ -119,11 +119,14 @@ def plan_push(folder: str | os.PathLike, target: Target) -> PushPlan:
     Raises:
         FileNotFoundError: if the folder, its card or its report does not exist.
         ValueError: if the folder is not as it was checked, the target is not valid or does not fit the card or the
-            repository, or there is no token.
+            repository, the Hub does not accept the card, or there is no token.
         OSError: if the token is not accepted or the Hub cannot be reached.
     """
     folder = Path(folder).absolute()
     check_repo_id(target.repo_id)
+    for revision in (target.branch, target.tag):
+        if revision is not None:
+            check_revision(revision)
     hashes = file_hashes(folder)
     _check_report(folder, hashes)
     _check_pin(folder, target)
@@ -134,6 +137,8 @@ def plan_push(folder: str | os.PathLike, target: Target) -> PushPlan:
     with _plain_errors("Nothing was changed"):
         user = api.whoami()["name"]
         remote = _look(api, target)
+        _check_card(folder)
+    _check_left_alone(target, remote.files.keys() - hashes.keys())
     known = [name for name in hashes if name in remote.files]
     unchanged = [name for name in known if _is_same(folder / name, hashes[name], remote.files[name])]
     return PushPlan(
@@ -182,7 +187,7 @@ def push(plan: PushPlan) -> PushResult:
             parent_commit=parent,
         )
     result = PushResult(commit.oid, commit.pr_url or commit.commit_url, commit.pr_revision or commit.oid)
-    with _plain_errors(f"The commit {commit.oid} was made, but not compared or tagged"):
+    with _plain_errors(f"The commit {commit.oid} was made; push again to compare and tag it"):
         _compare(api, plan, result.revision)
         if target.tag is not None:
             api.create_tag(target.repo_id, tag=target.tag, revision=commit.oid)
@@ -235,6 +240,30 @@ def _look(api: HfApi, target: Target) -> Remote:
     entries = api.list_repo_tree(target.repo_id, recursive=True, revision=parent)
     files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     return Remote(parent, not info.private, makes_branch, files)
+
+
+def _check_card(folder: Path) -> None:
+    """Asks the Hub, which knows what licenses there are, before anything is made in it."""
+    try:
+        ModelCard.load(folder / "README.md").validate()
+    except ValueError as error:
+        raise ValueError(f"The Hub does not accept README.md: {error}") from error
+
+
+def _check_left_alone(target: Target, names: set[str]) -> None:
+    """Who loads a model gets what is there, such as one weight file of old rather than several new ones."""
+    mixed = sorted(
+        name
+        for name in names
+        if (may_be_published(name) and name != "LICENSE")
+        or (name.endswith(".py") and "/" not in name)
+        or name == "adapter_config.json"
+    )
+    if mixed:
+        raise ValueError(
+            f"{target.repo_id} holds {', '.join(mixed)}, which would be loaded or counted as code together with the "
+            f"folder. A push deletes nothing: delete it on the Hub first, or push to a new repository."
+        )
 
 
 def _is_same(path: Path, sha256: str, remote: RepoFile) -> bool:

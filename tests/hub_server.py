@@ -19,6 +19,7 @@ from huggingface_hub.utils.sha import git_hash
 TOKENS = {"good-token": "user", "other-token": "other"}
 ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 LARGE_SUFFIX = ".safetensors"
+LICENSES = ["apache-2.0", "mit"]
 
 
 class File(NamedTuple):
@@ -358,8 +359,8 @@ def validate_yaml(request: Handler, body: bytes) -> Answer:
         metadata = yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
     except (IndexError, yaml.YAMLError) as error:
         return Answer(400, {"errors": [{"message": str(error)}], "warnings": []})
-    missing = [] if metadata.get("license") else [{"message": '"license" is missing'}]
-    return Answer(400 if missing else 200, {"errors": missing, "warnings": []})
+    unknown = [] if metadata.get("license") in LICENSES else [{"message": f'"license" must be one of {LICENSES}'}]
+    return Answer(400 if unknown else 200, {"errors": unknown, "warnings": []})
 
 
 def resolve(request: Handler, body: bytes, repo_id: str, revision: str, name: str) -> Answer:

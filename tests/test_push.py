@@ -110,6 +110,39 @@ def test_branch(hub, folder, second):
     assert refs["refs/heads/main"] == main and refs["refs/heads/v2"] == result.commit != main
 
 
+def split_weights(folder):
+    """The weights in two files with an index."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = {f"model-0000{i + 1}-of-00002.safetensors": sorted(weights)[i::2] for i in range(2)}
+    for name, keys in names.items():
+        save_file({key: weights[key] for key in keys}, folder / name, {"format": "pt"})
+    weight_map = {key: name for name, keys in names.items() for key in keys}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("stale", [None, "adapter_config.json", "modeling_old.py"])
+def test_what_would_be_loaded_beside_the_folder_is_refused(hub, folder, second, stale):
+    push_it(folder, tag="v1")
+    repository = hub.repositories["user/tiny"]
+    if stale is None:
+        split_weights(second)
+        let_pass(second)
+    else:
+        files = {**repository.find("main").files, stale: hub.small(b"{}"), "demo/run.py": hub.small(b"")}
+        hub.commit(repository, "refs/heads/main", "by hand", files)
+    with pytest.raises(ValueError, match=f"user/tiny holds {stale or 'model.safetensors'}, which would be loaded"):
+        plan_push(second, Target("user/tiny", tag="v2"))
+
+
+def test_a_card_that_the_hub_does_not_accept(hub, folder):
+    write_card(folder, "user/tiny", license="mine", revision="v1")
+    let_pass(folder)
+    with pytest.raises(ValueError, match=r"The Hub does not accept README\.md: .*license"):
+        plan_push(folder, Target("user/tiny", tag="v1"))
+    assert hub.repositories == {}
+
+
 def test_pull_request(hub, folder, second):
     push_it(folder, tag="v1")
     main = hub.repositories["user/tiny"].refs["refs/heads/main"]
@@ -192,7 +225,7 @@ def test_what_the_hub_holds_is_compared(hub, folder):
 
 def test_a_push_that_could_not_compare_is_finished_by_the_next(hub, folder):
     hub.fail_next("GET", "resolve/.*/model.safetensors", "500", times=100)
-    with pytest.raises(OSError, match=r"The Hub failed: .*The commit \w+ was made, but not compared or tagged"):
+    with pytest.raises(OSError, match=r"The Hub failed: .*The commit \w+ was made; push again to compare and tag it"):
         push_it(folder, tag="v1")
     hub.faults.clear()
     refs = hub.repositories["user/tiny"].refs
@@ -326,6 +359,8 @@ def test_a_folder_that_changed_after_the_plan(hub, folder):
         (Target("user/tiny", tag="v2"), "pins revision 'v1', which this push does not make"),
         (Target("user/tiny"), "pins revision 'v1'"),
         (Target("user/tiny", tag="v1", pull_request=True), "neither a branch nor a tag"),
+        (Target("user/tiny", tag="v1", branch="a b"), "'a b' is not the name of a branch or tag"),
+        (Target("user/tiny", tag="../v1", branch="v1"), "'../v1' is not the name of a branch or tag"),
     ],
 )
 def test_the_card_must_fit_the_target(hub, folder, target, words):
