@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import CommitOperationAdd, ModelCard, get_local_safetensors_metadata
 from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
@@ -25,12 +25,15 @@ from .weight_files import is_finite
 
 
 ALLOWED_PACKAGES = frozenset(["torch", "torchvision", "transformers", "huggingface_hub", "numpy", "av"])
-FORBIDDEN_MODULES = frozenset(
-    "asyncio ctypes ftplib http imaplib importlib multiprocessing nntplib poplib pty smtplib socket socketserver ssl "
-    "subprocess telnetlib urllib xmlrpc".split()
+FORBIDDEN_MODULES = tuple(
+    "asyncio builtins code codeop concurrent.futures ctypes ftplib http imaplib importlib marshal multiprocessing "
+    "nntplib pickle poplib pty runpy smtplib socket socketserver ssl subprocess telnetlib torch.hub "
+    "torch.multiprocessing torch.utils.cpp_extension urllib webbrowser wsgiref xmlrpc".split()
 )
 FORBIDDEN_CALLS = frozenset(["__import__", "compile", "eval", "exec"])
-PROCESS_CALLS = ("exec", "fork", "popen", "posix_spawn", "spawn", "startfile", "system")
+CODE_FIELDS = ("auto_map", "custom_pipelines")
+# The star imports them all.
+PROCESS_CALLS = ("*", "exec", "fork", "popen", "posix_spawn", "spawn", "startfile", "system")
 NOT_RUN = "not run, because something above failed"
 
 
@@ -144,7 +147,24 @@ def _check_code(folder: Path) -> str:
         problems = find_forbidden((folder / name).read_text(encoding="utf-8"))
         if problems:
             raise ValueError(f"{name} {problems[0]}")
+    for path in sorted(folder.glob("*.json")):
+        _check_code_references(path)
     return f"{len(found)} files, exactly those of release {VERSION}"
+
+
+def _check_code_references(path: Path) -> None:
+    """Of code in another repository, named as `repo--module.Class`, nothing is known, and it could change any day."""
+
+    def look(fields: dict[str, Any]) -> dict[str, Any]:
+        for name in CODE_FIELDS:
+            if "--" in json.dumps(fields.get(name)):
+                raise ValueError(f"{path.name}: `{name}` names code of another repository: {fields[name]}")
+        return fields
+
+    try:
+        json.loads(path.read_bytes(), object_hook=look)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from error
 
 
 def find_forbidden(code: str) -> list[str]:
@@ -160,7 +180,9 @@ def find_forbidden(code: str) -> list[str]:
     problems = []
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names = [
+                f"os as {alias.asname}" if alias.name == "os" and alias.asname else alias.name for alias in node.names
+            ]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
@@ -176,8 +198,10 @@ def find_forbidden(code: str) -> list[str]:
 
 def _may_be_imported(name: str) -> bool:
     root = name.partition(".")[0]
-    is_known = root in ALLOWED_PACKAGES or (root in sys.stdlib_module_names and root not in FORBIDDEN_MODULES)
-    return is_known and not _starts_a_process(name)
+    is_public = not root.startswith("_") or root == "__future__"
+    is_known = root in ALLOWED_PACKAGES or (root in sys.stdlib_module_names and is_public)
+    is_forbidden = any(f"{name}.".startswith(f"{module}.") for module in FORBIDDEN_MODULES)
+    return is_known and not is_forbidden and not _starts_a_process(name)
 
 
 def _starts_a_process(name: str) -> bool:
@@ -248,7 +272,8 @@ def _run_as_a_stranger(folder: Path) -> list[Finding]:
 
 
 def _bare_environment(scratch: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))}
+    private = ("HF_", "HUGGING", "TRANSFORMERS_", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(private)}
     return {
         **kept,
         "HF_HOME": str(Path(scratch) / "home"),

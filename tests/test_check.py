@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hub_upload.check import NOT_RUN, check, find_forbidden, report_path
+from hub_upload.check import NOT_RUN, _bare_environment, check, find_forbidden, report_path
 from hub_upload.folder import PACKAGE, file_hashes, folder_hash
 from hub_upload.stranger import STEPS
 from modeling_stts.stts_release import VERSION
@@ -76,6 +76,12 @@ def test_what_only_loading_finds_is_reported_by_step(folder):
     assert "FAIL  AutoProcessor: " in report.to_text() and "a secret" not in report.to_json()
 
 
+def test_the_process_gets_no_token(monkeypatch):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_CACHE", "PYTHONPATH"):
+        monkeypatch.setenv(name, "secret")
+    assert "secret" not in _bare_environment("/scratch").values()
+
+
 def test_changed_code_is_named_and_never_runs(folder, tmp_path):
     trap = tmp_path / "it ran"
     with open(folder / "stts_loss.py", "a") as file:
@@ -88,6 +94,22 @@ def test_changed_code_is_named_and_never_runs(folder, tmp_path):
 def test_a_missing_code_file(folder):
     (folder / "stts_loss.py").unlink()
     assert "stts_loss.py" in failures(folder)["code"]
+
+
+FOREIGN_CODE = [
+    ("config.json", "auto_map", {"AutoModelForCausalLM": "other/repo--modeling.Model"}),
+    ("config.json", "custom_pipelines", {"text-generation": {"impl": "other/repo--pipeline.Pipeline"}}),
+    ("tokenizer_config.json", "auto_map", {"AutoTokenizer": ["other/repo--tokenizer.Tokenizer", None]}),
+    ("processor_config.json", "image_processor", {"auto_map": {"AutoImageProcessor": "other/repo--image.Processor"}}),
+]
+
+
+@pytest.mark.parametrize("name, field, value", FOREIGN_CODE)
+def test_code_of_another_repository_is_refused(folder, name, field, value):
+    old = json.loads((folder / name).read_text()).get(field, {})
+    edit_json(folder / name, **{field: {**old, **value}})
+    message = failures(folder)["code"]
+    assert message.startswith(f"{name}: ") and "code of another repository" in message and "other/repo--" in message
 
 
 def edit_weights(folder, edit):
@@ -183,6 +205,12 @@ def test_our_code_has_nothing_forbidden():
         ("def f():\n    from socket import create_connection", "line 2 imports socket.create_connection"),
         ("from os import system", "line 1 imports os.system"),
         ("import os\nos.execv('a', [])", "line 2 uses os.execv"),
+        ("import _posixsubprocess", "line 1 imports _posixsubprocess"),
+        ("import os as o", "line 1 imports os as o"),
+        ("from os import *", "line 1 imports os.*"),
+        ("import concurrent.futures", "line 1 imports concurrent.futures"),
+        ("from torch import multiprocessing", "line 1 imports torch.multiprocessing"),
+        ("import torch.hub", "line 1 imports torch.hub"),
         ("eval('1')", "line 1 uses eval"),
         ("__import__('socket')", "line 1 uses __import__"),
     ],
