@@ -207,8 +207,11 @@ def open_weights(folder: Path) -> list[WeightFile]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            outside = [name for name in names if Path(name).name != name]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not an index of weights.") from error
+        if outside:
+            raise ValueError(f"{index} is not an index of weights: {outside[0]} is not the name of a file beside it.")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{folder} misses weight files that its index names: {', '.join(missing)}.")

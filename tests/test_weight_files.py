@@ -137,3 +137,13 @@ def test_quantised_weights_are_not_supported(tmp_path):
     save_file({"a": torch.zeros(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="a has the unsupported type I8"):
         open_weights(tmp_path)[0].specs()
+
+
+def test_an_index_may_name_files_of_its_folder_only(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    for name in ("../model.safetensors", str(tmp_path / "model.safetensors"), 5):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(ValueError, match="is not an index of weights"):
+            open_weights(folder)
