@@ -6,6 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 
+from huggingface_hub.utils import tqdm
 from huggingface_hub.utils.sha import sha_fileobj
 
 import modeling_stts
@@ -76,7 +77,8 @@ def file_hash(path: Path) -> str:
 
 def file_hashes(folder: str | os.PathLike) -> dict[str, str]:
     """SHA-256 of each file of a hub folder by its name; raises what `list_files` raises."""
-    return {path.name: file_hash(path) for path in list_files(folder)}
+    paths = tqdm(list_files(folder), desc="Hashes", unit="file", leave=False)
+    return {path.name: file_hash(path) for path in paths}
 
 
 def folder_hash(hashes: dict[str, str]) -> str:

@@ -126,7 +126,7 @@ def test_push_with_yes_and_errors_of_the_hub(hub, checked_folder, capsys, monkey
     assert main([*arguments, "--yes"]) == 0
     capsys.readouterr()
     assert main([*arguments, "--yes"]) == 1
-    assert capsys.readouterr().err.startswith("error: user/tiny already has the tag 'v1'.")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: user/tiny already has the tag 'v1'.")
 
 
 def test_as_a_module(tmp_path):
