@@ -286,7 +286,7 @@ def _compare(api: HfApi, plan: PushPlan, revision: str) -> None:
         )
         wrong = [name for name in names if not (got / name).is_file() or file_hash(got / name) != plan.hashes[name]]
     if wrong:
-        raise OSError(f"What the Hub holds differs from the folder: {', '.join(wrong)}")
+        raise OSError(f"What the Hub holds at {revision} differs from the folder: {', '.join(wrong)}")
 
 
 @contextmanager
