@@ -173,16 +173,12 @@ def write_card(
         ValueError: if a name or a result file is not valid, or the folder's code is not that of the installed release.
     """
     folder = Path(folder)
-    list_files(folder)
+    _check_folder(folder)
     if base_model_relation not in RELATIONS:
         raise ValueError(f"`base_model_relation` must be one of {RELATIONS}, got {base_model_relation!r}.")
     for name in [repo_id, *datasets, *([] if base_model is None else [base_model])]:
         check_repo_id(name)
     check_revision(revision)
-    if code_file_hashes(folder) != code_file_hashes(PACKAGE):
-        raise ValueError(
-            f"The code files of {folder} are not those of the installed release {VERSION}; build it again."
-        )
     config = Molmo2SttsConfig.from_pretrained(folder)
     measured = [read_results(path) for path in results]
     metadata = ModelCardData(
@@ -208,6 +204,14 @@ def write_card(
     )
     write_text(folder / "README.md", text)
     return folder / "README.md"
+
+
+def _check_folder(folder: Path) -> None:
+    list_files(folder)
+    if code_file_hashes(folder) != code_file_hashes(PACKAGE):
+        raise ValueError(
+            f"The code files of {folder} are not those of the installed release {VERSION}; build it again."
+        )
 
 
 def check_repo_id(repo_id: str) -> None:

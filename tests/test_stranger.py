@@ -1,3 +1,4 @@
+import shutil
 import socket
 import subprocess
 import sys
@@ -5,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hub_upload.stranger import compare_with_native, load_config, load_model, load_processor, run_a_video
 from hub_upload.tiny import tiny_config
@@ -36,6 +38,19 @@ def test_network_and_processes_are_forbidden():
         "the network was used: socket.connect",
         "the network was used: socket.getaddrinfo",
     ], done.stderr
+
+
+@pytest.mark.parametrize("change, kind", [("add", "unexpected_keys"), ("drop", "missing_keys")])
+def test_weights_that_are_missing_or_too_many(tiny_folder, tmp_path, change, kind):
+    folder = shutil.copytree(tiny_folder, tmp_path / "folder")
+    weights = load_file(folder / "model.safetensors")
+    if change == "add":
+        weights["extra"] = torch.zeros(1)
+    else:
+        del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"loading reports .*{kind}"):
+        load_model(SimpleNamespace(folder=str(folder)))
 
 
 @pytest.fixture(scope="module")
