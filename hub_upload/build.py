@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import GenerationConfig, Molmo2Config
@@ -20,7 +21,7 @@ from modeling_stts import (
 
 from .folder import list_files
 from .tiny import tiny_model, tiny_processor
-from .weight_files import is_finite
+from .weight_files import is_finite, open_weights
 
 
 TINY = "tiny"
@@ -174,6 +175,8 @@ def load_processor(source: Path) -> Molmo2SttsProcessor:
 
 
 def _load_model(source: Path, config: Molmo2SttsConfig, dtype: str | None) -> Molmo2SttsForConditionalGeneration:
+    if (source / SAFETENSORS_INDEX_FILE).is_file():
+        open_weights(source)  # for its words on an index that is not valid or names a file that is missing
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SCORER_SEED)
         try:
@@ -220,7 +223,11 @@ def _merge_adapter(model: Molmo2SttsForConditionalGeneration, adapter: Path) -> 
         import peft  # only who merges an adapter needs it
     except ImportError as error:
         raise ValueError('Merging an adapter needs peft: pip install "modeling-stts[lora]".') from error
-    config = peft.PeftConfig.from_pretrained(adapter)
+    try:
+        config = peft.PeftConfig.from_pretrained(adapter)
+    except (KeyError, TypeError, ValueError) as error:
+        path = adapter / ADAPTER_FILES[0]
+        raise ValueError(f"{path} is not the configuration of an adapter: {error!r}") from error
     if config.peft_type != peft.PeftType.LORA:
         raise ValueError(f"{adapter} is an adapter of the type {config.peft_type}; only LoRA can be merged.")
     config.inference_mode = True
@@ -228,7 +235,7 @@ def _merge_adapter(model: Molmo2SttsForConditionalGeneration, adapter: Path) -> 
         tuned = peft.get_peft_model(model, config)
         weights = peft.load_peft_weights(adapter, device="cpu")
         expected = peft.get_peft_model_state_dict(tuned)
-    except (ValueError, RuntimeError, SafetensorError) as error:
+    except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"The adapter {adapter} does not fit the model: {error}") from error
     check_keys(adapter, "misses", expected.keys() - weights.keys())
     check_keys(adapter, "has unexpected", weights.keys() - expected.keys())

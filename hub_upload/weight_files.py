@@ -210,6 +210,8 @@ def open_weights(folder: Path) -> list[WeightFile]:
             outside = [name for name in names if Path(name).name != name]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not an index of weights.") from error
+        if not names:
+            raise ValueError(f"{index} names no weights.")
         if outside:
             raise ValueError(f"{index} is not an index of weights: {outside[0]} is not the name of a file beside it.")
         missing = [name for name in names if not (folder / name).is_file()]

@@ -392,6 +392,17 @@ def test_sharded_checkpoint(tiny_folder, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.parametrize(
+    "weight_map, words", [({"a": "../model.safetensors"}, "not the name of a file beside it"), ({}, "no weights")]
+)
+def test_bad_index(tiny_folder, tmp_path, weight_map, words):
+    source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
+    (source / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=f"model.safetensors.index.json .*{words}"):
+        build_hub_folder(tmp_path / "out", source)
+
+
 def test_weights_that_are_not_finite(native_copy, tmp_path):
     edit_weights(native_copy, lambda weights: weights["lm_head.weight"].fill_(torch.nan))
     with pytest.raises(ValueError, match="lm_head.weight has values that are not finite"):
@@ -452,6 +463,22 @@ def test_bad_adapters(tiny_folder, adapter, tmp_path):
     with pytest.raises(FileNotFoundError, match="no adapter_model.safetensors"):
         build_hub_folder(tmp_path / "out", tiny_folder, adapter=folder)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "adapter_config.json is not the configuration of an adapter"),
+        ("[]", "adapter_config.json is not the configuration of an adapter"),
+        ('{"peft_type": "NO_SUCH_TYPE"}', "is not the configuration of an adapter: .*NO_SUCH_TYPE"),
+        ('{"peft_type": "LORA", "r": "two"}', "adapter does not fit the model"),
+    ],
+)
+def test_bad_configurations_of_adapters(tiny_folder, adapter, tmp_path, content, words):
+    folder, _ = adapter
+    (folder / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        build_hub_folder(tmp_path / "out", tiny_folder, adapter=folder)
 
 
 def test_peft_is_asked_for_only_where_it_is_needed(tiny_folder, adapter, tmp_path, monkeypatch):
