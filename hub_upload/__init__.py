@@ -1,1 +1,1 @@
-"""Tools that make hub folders of STTS models."""
+"""Tools that make, check and publish hub folders of STTS models."""

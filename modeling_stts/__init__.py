@@ -1,5 +1,7 @@
 """STTS for video language models. Importing the package registers its classes with the Auto classes."""
 
+from pathlib import Path
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -15,6 +17,7 @@ from .configuration_stts import SttsConfig
 from .modeling_molmo2_stts import Molmo2SttsForConditionalGeneration, Molmo2SttsModel
 from .pipeline_stts import VideoTextToTextPipeline
 from .processing_molmo2_stts import Molmo2SttsProcessor
+from .stts_release import code_hash
 from .video_processing_molmo2_stts import Molmo2SttsVideoProcessor
 
 
@@ -31,6 +34,7 @@ PIPELINE_REGISTRY.register_pipeline(
     type="multimodal",
 )
 Molmo2SttsConfig.pipeline_is_registered = True
+Molmo2SttsConfig.installed_code_hash = code_hash(Path(__file__).parent)
 
 __all__ = [
     "Molmo2SttsConfig",

@@ -1,5 +1,9 @@
 """Configuration of Molmo2 with STTS pruning."""
 
+# First, because it says what is wrong where transformers has no Molmo2.
+from .stts_release import TRANSFORMERS_RANGE, VERSION  # isort: split
+
+
 from huggingface_hub.dataclasses import strict
 from transformers import Molmo2Config, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -29,6 +33,8 @@ class Molmo2SttsConfig(Molmo2Config):
     r"""
     Differences from `Molmo2Config`:
     - `stts_config` (`SttsConfig`, *optional*): how videos are pruned.
+    - `stts_release` (`dict`): the version, the range of transformers and the code hash of the release that wrote the
+      configuration. Whatever is given, it is that of the running code.
     - `auto_map` and `custom_pipelines` always name this package's own files, so that every saved configuration makes
       its folder loadable with `trust_remote_code=True`.
     """
@@ -40,8 +46,11 @@ class Molmo2SttsConfig(Molmo2Config):
 
     # Set where the package registers its pipeline: `pipeline()` asks for `trust_remote_code` if it finds a custom one.
     pipeline_is_registered = False
+    # Set there too: hub code runs from a cache that may hold a part of the files only, so it keeps the saved hash.
+    installed_code_hash = None
 
     stts_config: dict | PreTrainedConfig | None = None
+    stts_release: dict | None = None
 
     def __post_init__(self, **kwargs):
         # A Molmo2 checkpoint's own type would keep its weights from being renamed.
@@ -50,6 +59,11 @@ class Molmo2SttsConfig(Molmo2Config):
         self.auto_map = dict(AUTO_MAP)
         pipelines = {} if self.pipeline_is_registered else CUSTOM_PIPELINES
         self.custom_pipelines = {task: dict(info) for task, info in pipelines.items()}
+        self.stts_release = {
+            "version": VERSION,
+            "transformers": TRANSFORMERS_RANGE,
+            "code_hash": self.installed_code_hash or (self.stts_release or {}).get("code_hash"),
+        }
         self.check_values()
 
     def validate_architecture(self):

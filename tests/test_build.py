@@ -349,3 +349,141 @@ def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         build_hub_folder(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+TRAINING_FILES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_state.json"]
+PRIVATE_FILES = [".env", "token", "train.log", "events.out.tfevents.1.host.2.0", "notes.txt"]
+
+
+def test_only_what_is_on_the_allow_list_gets_in(tiny_folder, tmp_path):
+    source = Path(shutil.copytree(tiny_folder, tmp_path / "checkpoint-500"))
+    for name in TRAINING_FILES + PRIVATE_FILES:
+        (source / name).write_bytes(b"hf_secret")
+    (source / "global_step500").mkdir()
+    (source / "global_step500" / "zero_pp_rank_0_optim_states.pt").write_bytes(b"hf_secret")
+    clean = build_hub_folder(tmp_path / "clean", tiny_folder)
+    assert hashes(build_hub_folder(tmp_path / "out", source)) == hashes(clean)
+
+
+def test_a_file_that_is_not_on_the_allow_list_is_named(tmp_path, monkeypatch):
+    save = Molmo2SttsProcessor.save_pretrained
+
+    def save_more(processor, folder):
+        save(processor, folder)
+        (Path(folder) / "cache.bin").write_bytes(b"")
+
+    monkeypatch.setattr(Molmo2SttsProcessor, "save_pretrained", save_more)
+    with pytest.raises(ValueError, match="cache.bin is not on the allow-list"):
+        build_hub_folder(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sharded_checkpoint(tiny_folder, tmp_path):
+    source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
+    (source / "model.safetensors").unlink()
+    tiny_model().save_pretrained(source, max_shard_size="200KB")
+    shards = sorted(source.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    whole = build_hub_folder(tmp_path / "whole", tiny_folder)
+    assert hashes(build_hub_folder(tmp_path / "out", source)) == hashes(whole)
+    shards[1].unlink()
+    with pytest.raises(OSError, match=shards[1].name):
+        build_hub_folder(tmp_path / "again", source)
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    "weight_map, words", [({"a": "../model.safetensors"}, "not the name of a file beside it"), ({}, "no weights")]
+)
+def test_bad_index(tiny_folder, tmp_path, weight_map, words):
+    source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
+    (source / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=f"model.safetensors.index.json .*{words}"):
+        build_hub_folder(tmp_path / "out", source)
+
+
+def test_weights_that_are_not_finite(native_copy, tmp_path):
+    edit_weights(native_copy, lambda weights: weights["lm_head.weight"].fill_(torch.nan))
+    with pytest.raises(ValueError, match="lm_head.weight has values that are not finite"):
+        build_hub_folder(tmp_path / "out", native_copy)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def adapter(tiny_folder, tmp_path):
+    """A LoRA adapter for the tiny model that also holds a whole layer of the scorer, and the model that it makes."""
+    import peft  # the other tests of this file need none
+
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "fc1"], modules_to_save=["fc3"])
+    tuned = peft.get_peft_model(Molmo2SttsForConditionalGeneration.from_pretrained(tiny_folder), config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(generator=generator)
+    tuned.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", tuned.eval()
+
+
+def test_adapter_is_merged(tiny_folder, adapter, tmp_path, video_inputs):
+    folder, tuned = adapter
+    out = build_hub_folder(tmp_path / "out", tiny_folder, adapter=folder)
+    merged = Molmo2SttsForConditionalGeneration.from_pretrained(out)
+    torch.testing.assert_close(logits(merged, video_inputs), logits(tuned, video_inputs), rtol=1e-4, atol=1e-4)
+    untuned = Molmo2SttsForConditionalGeneration.from_pretrained(tiny_folder)
+    assert not torch.allclose(logits(untuned, video_inputs), logits(merged, video_inputs), atol=0.1)
+    assert merged.state_dict().keys() == untuned.state_dict().keys()
+    again = build_hub_folder(tmp_path / "again", tiny_folder, adapter=folder)
+    assert hashes(again) == hashes(out)
+
+
+def test_bad_adapters(tiny_folder, adapter, tmp_path):
+    folder, _ = adapter
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = sorted(weights)[0]
+    for change, words in {
+        "missing": "misses weights.*1: ",
+        "unexpected": "unexpected weights.*1: other",
+        "shape": "wrongly shaped weights.*1: ",
+    }.items():
+        broken = dict(weights)
+        if change == "missing":
+            del broken[name]
+        elif change == "unexpected":
+            broken["other"] = torch.zeros(1)
+        else:
+            broken[name] = torch.zeros(3)
+        save_file(broken, folder / "adapter_model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=words):
+            build_hub_folder(tmp_path / "out", tiny_folder, adapter=folder)
+    edit_json(folder / "adapter_config.json", target_modules=["no_such_layer"])
+    with pytest.raises(ValueError, match="does not fit the model"):
+        build_hub_folder(tmp_path / "out", tiny_folder, adapter=folder)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no adapter_model.safetensors"):
+        build_hub_folder(tmp_path / "out", tiny_folder, adapter=folder)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "adapter_config.json is not the configuration of an adapter"),
+        ("[]", "adapter_config.json is not the configuration of an adapter"),
+        ('{"peft_type": "NO_SUCH_TYPE"}', "is not the configuration of an adapter: .*NO_SUCH_TYPE"),
+        ('{"peft_type": "LORA", "r": "two"}', "adapter does not fit the model"),
+    ],
+)
+def test_bad_configurations_of_adapters(tiny_folder, adapter, tmp_path, content, words):
+    folder, _ = adapter
+    (folder / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        build_hub_folder(tmp_path / "out", tiny_folder, adapter=folder)
+
+
+def test_peft_is_asked_for_only_where_it_is_needed(tiny_folder, adapter, tmp_path, monkeypatch):
+    folder, _ = adapter
+    monkeypatch.setitem(sys.modules, "peft", None)
+    build_hub_folder(tmp_path / "out", tiny_folder)
+    with pytest.raises(ValueError, match="needs peft: pip install"):
+        build_hub_folder(tmp_path / "merged", tiny_folder, adapter=folder)
