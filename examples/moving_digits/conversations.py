@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from model import PATCH_SIZE
 from render import Layout, Renderer, compress, lay_out
-from scenes import GRID, MAX_SEED, Question, Scene, describe, draw_questions, draw_scene
+from scenes import GRID, MAX_DIGITS, MAX_SEED, Question, Scene, describe, draw_questions, draw_scene
 from torch.utils.data import Dataset
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
@@ -39,11 +39,22 @@ class Conversations(Dataset):
         seed (`int`): what all batches are drawn from; item `i` depends on the seed and `i` alone.
         frames_per_batch (`int`): a batch holds as many videos as have so many frames together.
         prune_ratios (`list[float]`): each batch is pruned by one of them.
+        num_easy (`int`, *optional*, defaults to 0): so many batches at first have videos of two digits at most, then
+            three.
     """
 
-    def __init__(self, processor, num_batches: int, seed: int, frames_per_batch: int, prune_ratios: list[float]):
+    def __init__(
+        self,
+        processor,
+        num_batches: int,
+        seed: int,
+        *,
+        frames_per_batch: int,
+        prune_ratios: list[float],
+        num_easy: int = 0,
+    ):
         self.writer = ConversationWriter(processor)
-        self.num_batches, self.seed = num_batches, seed
+        self.num_batches, self.seed, self.num_easy = num_batches, seed, num_easy
         self.frames_per_batch, self.prune_ratios = frames_per_batch, prune_ratios
 
     def __len__(self) -> int:
@@ -52,12 +63,9 @@ class Conversations(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, i])
         name = rng.choice(list(SHARES), p=list(SHARES.values()))
-        scenes = [draw_scene(name, "train", int(rng.integers(MAX_SEED)))]
+        max_digits = 2 + 2 * i // self.num_easy if i < self.num_easy else MAX_DIGITS
+        scenes = self._draw_scenes(str(name), max_digits, rng)
         frames = sampled_frames(scenes[0])
-        while len(scenes) < self.frames_per_batch // len(frames):
-            scene = draw_scene(name, "train", int(rng.integers(MAX_SEED)))
-            if scene.num_frames == scenes[0].num_frames:
-                scenes.append(scene)
         conversations = [self.writer.write(scene, frames, draw_turns(scene, rng)) for scene in scenes]
         return {
             "name": str(name),
@@ -66,6 +74,16 @@ class Conversations(Dataset):
             "prune_ratio": float(rng.choice(self.prune_ratios)),
             **pad_left(conversations, self.writer.pad_token_id, self.writer.video_token_id),
         }
+
+    def _draw_scenes(self, name: str, max_digits: int, rng: np.random.Generator) -> list[Scene]:
+        """As many as a batch holds of the first one's length."""
+        scenes: list[Scene] = []
+        while not scenes or len(scenes) < self.frames_per_batch // len(sampled_frames(scenes[0])):
+            scene = draw_scene(name, "train", int(rng.integers(MAX_SEED)))
+            has_length = not scenes or scene.num_frames == scenes[0].num_frames
+            if has_length and len(scene.digits) <= max_digits:
+                scenes.append(scene)
+        return scenes
 
 
 def draw_turns(scene: Scene, rng: np.random.Generator) -> list[Question]:

@@ -26,7 +26,9 @@ NUM_DIGITS, NUM_COLOURS = 1 + 10, 1 + len(COLOURS)  # with none
 
 class Pictures(Dataset):
     """
-    One item is one batch of videos of one frame, with conversations and the digit and colour of every window.
+    One item is one batch of videos of one frame, with conversations and the digit and colour of every window. Pictures
+    have at most two digits at first and six in the end: to tell two apart is learned soon, to tell six apart from the
+    start is not.
 
     Args:
         processor (`Molmo2SttsProcessor`): gives the tokens.
@@ -44,7 +46,9 @@ class Pictures(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, i])
-        scenes = [draw_picture("train", int(seed)) for seed in rng.integers(MAX_SEED, size=self.frames_per_batch)]
+        max_digits = 2 + i * (len(COLOURS) - 1) // self.num_batches
+        seeds = rng.integers(MAX_SEED, size=self.frames_per_batch)
+        scenes = [draw_picture("train", int(seed), max_digits) for seed in seeds]
         frame = np.zeros(1, dtype=int)
         conversations = [self.writer.write(scene, frame, draw_questions(scene, rng)) for scene in scenes]
         labels = np.concatenate([window_labels(scene, np.zeros(1)) for scene in scenes])

@@ -26,8 +26,9 @@ PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
 SHORT_LENGTHS = (16, 24, 32)  # frames
 LONG_LENGTH, DETAIL_LENGTH = 256, 16
 FPS = {"short": 2, "long": 4, "detail": 2}
+MAX_DIGITS = 4  # of a video
 PICTURE_DIGITS = 2  # that are asked about, of a picture's
-PLACES_TRIED = 20  # at most, for the digits of a picture
+PLACES_TRIED = 40  # for the digits of a picture
 MAX_SEED = 2**31 - 1
 
 
@@ -165,19 +166,24 @@ def describe(scene: Scene) -> Question:
     return Question("description", "What happens in this video?", " ".join(sentences), 0)
 
 
-def draw_picture(split: str, seed: int) -> Scene:
+def draw_picture(split: str, seed: int, max_digits: int = len(COLOURS)) -> Scene:
     """
-    A scene of one frame in which up to six digits, large and small, stand beside each other: the most that can be
-    learned from one look. The arguments are those of `draw_scene`.
+    A scene of one frame in which digits, large and small, stand beside each other: the most that can be learned from
+    one look.
+
+    Args:
+        split (`str`), seed (`int`): as for `draw_scene`.
+        max_digits (`int`, *optional*, defaults to 6): at most so many digits, one at least.
     """
     rng = np.random.default_rng([SPLITS.index(split), len(SETS), seed])
     labels, colours = rng.permutation(10), rng.permutation(list(COLOURS))
     digits: list[Sprite] = []
-    for _ in range(rng.integers(1, PLACES_TRIED)):
+    num_digits = rng.integers(1, max_digits + 1)
+    for _ in range(PLACES_TRIED):
         size = rng.uniform(9, 14) if rng.random() < 0.3 else rng.uniform(20, 36)
         x, y = rng.uniform(size / 2, FRAME_SIZE - size / 2, 2)
         distances = [max(abs(x - other.x), abs(y - other.y)) - (size + other.size) / 2 for other in digits]
-        if min(distances, default=0) >= -2 and len(digits) < len(COLOURS):
+        if min(distances, default=0) >= -2 and len(digits) < num_digits:
             label, colour = int(labels[len(digits)]), str(colours[len(digits)])
             digits.append(Sprite(label, rng.random(), colour, size, 0.0, 1.0, float(x), float(y), "still", 0.0))
     return Scene(
@@ -195,7 +201,7 @@ def draw_picture(split: str, seed: int) -> Scene:
 
 def _short_digits(rng: np.random.Generator, duration: float) -> list[Sprite]:
     """One to four digits that appear one after the other and stay for a while."""
-    count = rng.integers(1, 5)
+    count = rng.integers(1, MAX_DIGITS + 1)
     starts = rng.choice(np.arange(1, int(duration) - 1), count, replace=False)
     if rng.random() < 0.15:
         starts[starts.argmin()] = 0
@@ -209,7 +215,7 @@ def _short_digits(rng: np.random.Generator, duration: float) -> list[Sprite]:
 
 def _long_digits(rng: np.random.Generator, duration: float) -> list[Sprite]:
     """One to four digits, each visible for a moment of a minute, never two at once."""
-    count = rng.integers(1, 5)
+    count = rng.integers(1, MAX_DIGITS + 1)
     starts = rng.choice(np.arange(1, int(duration) - 4, 5), count, replace=False) + rng.uniform(0, 1, count)
     spans = rng.uniform(0.75, 4, count)
     labels, colours = rng.permutation(10), rng.permutation(list(COLOURS))
@@ -223,9 +229,9 @@ def _detail_digits(rng: np.random.Generator, duration: float) -> list[Sprite]:
     """A small digit that stays where it appears, and one or two of ordinary size."""
     labels, colours = rng.permutation(10), rng.permutation(list(COLOURS))
     cell = rng.integers(0, GRID, 2)
-    x, y = cell * CELL_SIZE + rng.uniform(5, CELL_SIZE - 5, 2)
+    x, y = (float(side) for side in cell * CELL_SIZE + rng.uniform(6, CELL_SIZE - 6, 2))
     start = float(rng.integers(1, int(duration) - 2))
-    end = min(start + rng.integers(3, 7), duration)
+    end = float(min(start + rng.integers(3, 7), duration))
     small = Sprite(
         int(labels[0]),
         rng.random(),
@@ -346,7 +352,7 @@ def _point(digit: Sprite, name: str) -> Question:
 
 
 def _how_many(kind: str, digits: list[Sprite]) -> Question:
-    return Question(kind, "How many digits appear?", str(len(digits)), 4)
+    return Question(kind, "How many digits appear?", str(len(digits)), MAX_DIGITS)
 
 
 def _which_before(kind: str, digits: list[Sprite], rng: np.random.Generator) -> Question:

@@ -1,7 +1,7 @@
 """Trains the small model on one GPU, in slices that resume exactly; frames are rendered as they are needed.
 
     python examples/moving_digits/train.py PICTURES --stage pictures --steps 1800 --frames-per-batch 256
-    python examples/moving_digits/train.py BASE --init PICTURES/final --rule unpruned --steps 5000
+    python examples/moving_digits/train.py BASE --init PICTURES/final --rule unpruned --steps 5000 --easy-steps 2000
     python examples/moving_digits/train.py STTS --init BASE/final --rule stts --steps 2000
     python examples/moving_digits/train.py STTS --init BASE/final --rule stts --steps 2000 --minutes 9   # a slice
 
@@ -137,7 +137,14 @@ def make_stage(
         return PictureLearner(model), Pictures(processor, args.steps, args.seed, args.frames_per_batch)
     apply_rule(model, args.rule)
     prune_ratios = [0.0] if args.rule == "unpruned" else PRUNE_RATIOS
-    return model, Conversations(processor, args.steps, args.seed, args.frames_per_batch, prune_ratios)
+    return model, Conversations(
+        processor,
+        args.steps,
+        args.seed,
+        frames_per_batch=args.frames_per_batch,
+        prune_ratios=prune_ratios,
+        num_easy=args.easy_steps,
+    )
 
 
 def train(args: argparse.Namespace) -> bool:
@@ -182,6 +189,7 @@ def main() -> None:
     parser.add_argument("--rule", choices=RULES, default="stts", help="how windows are chosen")
     parser.add_argument("--init", type=Path, help="folder of a model to begin with; random weights if not given")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--easy-steps", type=int, default=0, help="at first, in which videos have few digits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; the same command goes on later")
     parser.add_argument("--frames-per-batch", type=int, default=384)

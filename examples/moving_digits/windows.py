@@ -24,7 +24,7 @@ def sprite_cover(sprite: Sprite, times: np.ndarray) -> np.ndarray:
     low, high = centre - sprite.size / 2, centre + sprite.size / 2
     overlap = np.minimum(high[..., None], edges + CELL_SIZE) - np.maximum(low[..., None], edges)
     x, y = overlap.clip(0).transpose(1, 0, 2)
-    return (y[:, :, None] * x[:, None, :]).reshape(len(times), -1) * is_visible[:, None]
+    return (y[:, :, None] * x[:, None, :]).reshape(len(times), GRID**2) * is_visible[:, None]
 
 
 def window_labels(scene: Scene, times: np.ndarray) -> np.ndarray:

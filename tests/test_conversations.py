@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+import torch
+from conversations import Conversation, Conversations, ConversationWriter, frames_to_inputs, pad_left, sampled_frames
+from model import make_processor, make_tokenizer
+from render import Renderer, lay_out
+from scenes import draw_questions, draw_scene
+from transformers.video_utils import VideoMetadata
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor(make_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["short", "long", "detail"])
+def test_tokens_and_pixels_equal_those_of_the_processor(processor, name):
+    scene = draw_scene(name, "train", 3)
+    frames = sampled_frames(scene)
+    images = Renderer("train").render(lay_out([scene], [frames], "train"), 0)
+    questions = draw_questions(scene, np.random.default_rng(0))[:3]
+    messages = []
+    for turn, question in enumerate(questions):
+        content = [{"type": "video"}] * (turn == 0) + [{"type": "text", "text": question.text}]
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": question.answer}]})
+    metadata = VideoMetadata(total_num_frames=scene.num_frames, fps=scene.fps, frames_indices=list(frames))
+    expected = processor(
+        text=processor.apply_chat_template(messages, tokenize=False),
+        videos=[images[0].numpy()],
+        video_metadata=[metadata],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    written = ConversationWriter(processor).write(scene, frames, questions)
+    newline = processor.tokenizer("\n", add_special_tokens=False)["input_ids"]
+    assert expected["input_ids"][0].tolist() == written.input_ids + newline
+    for key, value in frames_to_inputs(images).items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_only_answers_and_their_ends_have_labels(processor):
+    scene = draw_scene("short", "train", 3)
+    questions = draw_questions(scene, np.random.default_rng(0))
+    written = ConversationWriter(processor).write(scene, sampled_frames(scene), questions)
+    labels = [label for label in written.labels if label != -100]
+    expected = "".join(question.answer + "<|im_end|>" for question in questions)
+    assert processor.decode(labels) == expected
+    assert all(label in (-100, token) for label, token in zip(written.labels, written.input_ids))
+
+
+def test_the_processor_samples_the_same_frames(processor):
+    for name in ("short", "long", "detail"):
+        scene = draw_scene(name, "test", 0)
+        metadata = VideoMetadata(total_num_frames=scene.num_frames, fps=scene.fps)
+        for num_frames in (None, 16, 128, 256):
+            sampled = processor.video_processor.sample_frames(metadata, num_frames=num_frames)
+            assert sampled.tolist() == sampled_frames(scene, num_frames).tolist()
+
+
+def test_padding_by_hand():
+    padded = pad_left([Conversation([5, 9, 9], [-100, -100, 9]), Conversation([5], [5])], 0, 9)
+    assert {name: tensor.tolist() for name, tensor in padded.items()} == {
+        "input_ids": [[5, 9, 9], [0, 0, 5]],
+        "attention_mask": [[1, 1, 1], [0, 0, 1]],
+        "mm_token_type_ids": [[0, 1, 1], [0, 0, 0]],
+        "labels": [[-100, -100, 9], [-100, -100, 5]],
+    }
+
+
+def test_a_batch_depends_on_the_seed_and_its_number_alone(processor):
+    def batch(seed, i):
+        item = Conversations(processor, 50, seed, frames_per_batch=64, prune_ratios=[0.0, 0.5])[i]
+        return item["name"], item["prune_ratio"], item["input_ids"].tolist(), item["layout"].centre.tolist()
+
+    assert batch(1, 7) == batch(1, 7)
+    assert batch(1, 7) != batch(1, 8)
+    assert batch(1, 7) != batch(2, 7)
+
+
+def test_a_batch_has_videos_of_one_length_that_fill_it(processor):
+    batches = Conversations(processor, 30, 0, frames_per_batch=128, prune_ratios=[0.3, 0.8])
+    seen = [batches[i] for i in range(30)]
+    for item in seen:
+        num_videos, num_frames = item["layout"].jitter.shape[:2]
+        assert num_videos == 128 // num_frames == len(item["input_ids"])
+        assert (item["mm_token_type_ids"].sum(1) == 36 * num_frames).all()
+    assert {item["name"] for item in seen} == {"short", "long", "detail"}
+    assert {item["prune_ratio"] for item in seen} == {0.3, 0.8}
+
+
+def test_easy_batches_have_few_digits(processor):
+    batches = Conversations(processor, 30, 0, frames_per_batch=256, prune_ratios=[0.0], num_easy=20)
+
+    descriptions = [batches.writer.processor.decode(batches[i]["input_ids"][0]) for i in range(10)]
+    assert all(text.count(" appears at second ") <= 2 for text in descriptions)
+    later = [batches.writer.processor.decode(ids) for i in range(20, 30) for ids in batches[i]["input_ids"]]
+    assert max(text.count(" appears at second ") for text in later) == 4
