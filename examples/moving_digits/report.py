@@ -1,0 +1,194 @@
+"""Turns results of evaluate.py into tables, a list of claims, and a plot.
+
+    python examples/moving_digits/report.py RESULTS.json [RESULTS.json ...] --plot accuracy.png
+
+Accuracy is in percent: the mean over seeds, and the standard deviation between them. It is the mean of the kinds of
+questions of a set, so that a kind that is asked more often does not count more.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+from conversations import LONG_SAMPLE
+from scenes import SETS
+
+
+matplotlib.use("agg")
+UNPRUNED = "unpruned"
+
+
+class Accuracy(NamedTuple):
+    """
+    by_seed (`dict[int, float]`): percent of right answers for each seed of the training.
+    chance (`float`): percent that guessing gives.
+    """
+
+    by_seed: dict[int, float]
+    chance: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.by_seed.values())
+
+    def __str__(self) -> str:
+        spread = f" ± {statistics.stdev(self.by_seed.values()):.1f}" if len(self.by_seed) > 1 else ""
+        return f"{self.mean:.1f}{spread}"
+
+
+class Results:
+    """
+    Results of any number of models.
+
+    Args:
+        rows (`list[dict]`): what evaluate.py wrote.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]]):
+        self.rows = rows
+
+    def rules(self) -> list[str]:
+        return list(dict.fromkeys(row["rule"] for row in self.rows))
+
+    def ratios(self) -> list[float]:
+        return sorted({row["ratio"] for row in self.rows if row["num_frames"] == LONG_SAMPLE})
+
+    def accuracy(
+        self, rule: str, name: str, ratio: float, num_frames: int = LONG_SAMPLE, changes: Any = ()
+    ) -> Accuracy | None:
+        """
+        Accuracy of a rule on a set; `None` where it was not measured.
+
+        Args:
+            rule (`str`), name (`str`), ratio (`float`), num_frames (`int`): rule, set and setting.
+            changes (`dict`, *optional*): fields of `SttsConfig` that were changed.
+        """
+        by_seed, chances = {}, []
+        for row in self.rows:
+            setting = (row["rule"], row["set"], row["num_frames"], row["changes"])
+            if setting == (rule, name, num_frames, dict(changes)) and abs(row["ratio"] - ratio) < 1e-6:
+                counts = row["questions"].values()
+                by_seed[row["seed"]] = 100 * statistics.mean(right / total for right, total, _ in counts)
+                chances.append(100 * statistics.mean(chance / total for _, total, chance in counts))
+        return Accuracy(by_seed, chances[0]) if by_seed else None
+
+    def kept_share(self, rule: str, name: str, ratio: float) -> tuple[float, float] | None:
+        """Percent of the windows, and of the kept ones, that touch a digit or where one was a frame before."""
+        counted = [
+            row["windows"]
+            for row in self.rows
+            if (row["rule"], row["set"], row["ratio"]) == (rule, name, ratio) and row["windows"].get("kept")
+        ]
+        if not counted:
+            return None
+        total = {key: sum(windows.get(key, 0) for windows in counted) for key in counted[0]}
+        return 100 * total["touched"] / total["windows"], 100 * total["kept_touched"] / total["kept"]
+
+
+class Claim(NamedTuple):
+    """
+    text (`str`): what is claimed. value (`float`): what was measured, in points. at_least (`float`): what it must be.
+    """
+
+    text: str
+    value: float
+    at_least: float
+
+    def __str__(self) -> str:
+        verdict = "shown" if self.value >= self.at_least else "not shown"
+        return f"- {self.text}: {self.value:+.1f} points ({verdict}; claimed: at least {self.at_least:+.1f})"
+
+
+def difference(better: Accuracy | None, worse: Accuracy | None) -> float | None:
+    """Mean difference over the seeds that both have; `None` where there is none."""
+    if better is None or worse is None:
+        return None
+    seeds = better.by_seed.keys() & worse.by_seed.keys()
+    return statistics.mean(better.by_seed[seed] - worse.by_seed[seed] for seed in seeds) if seeds else None
+
+
+def claims(results: Results) -> list[Claim]:
+    """The paper's claims, as far as they were measured."""
+    found = []
+    for name in SETS:
+        unpruned = results.accuracy(UNPRUNED, name, 0.0)
+        pairs = [("50 % pruned against unpruned", "stts", 0.5, unpruned, -0.7)]
+        for rule in ("random", "similarity", "frame pairs", "uniform stride"):
+            if rule == "random":
+                pairs.append((f"STTS against {rule} at 50 %", "stts", 0.5, results.accuracy(rule, name, 0.5), 0.9))
+            least = 2.3 if rule == "random" else 0.0
+            pairs.append((f"STTS against {rule} at 80 %", "stts", 0.8, results.accuracy(rule, name, 0.8), least))
+        for text, rule, ratio, other, least in pairs:
+            value = difference(results.accuracy(rule, name, ratio), other)
+            if value is not None:
+                found.append(Claim(f"{name}: {text}", value, least))
+    for num_frames in (2 * LONG_SAMPLE, 4 * LONG_SAMPLE):
+        scaled = results.accuracy("stts", "long", 1 - LONG_SAMPLE / num_frames, num_frames)
+        value = difference(scaled, results.accuracy(UNPRUNED, "long", 0.0))
+        if value is not None:
+            text = f"long: {num_frames} frames pruned to the tokens of {LONG_SAMPLE}, against {LONG_SAMPLE} unpruned"
+            found.append(Claim(text, value, 0.5))
+    return found
+
+
+def table(results: Results, name: str) -> str:
+    """One set as a Markdown table: a line for each rule, a column for each ratio."""
+    ratios = results.ratios()
+    lines = [f"| {name} | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |", "|---" * (len(ratios) + 1) + "|"]
+    for rule in results.rules():
+        cells = (results.accuracy(rule, name, ratio) for ratio in ratios)
+        lines.append(f"| {rule} | " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
+    measured = (results.accuracy(rule, name, ratio) for rule in results.rules() for ratio in ratios)
+    chance = next(accuracy.chance for accuracy in measured if accuracy is not None)
+    return "\n".join([*lines, f"| chance | {chance:.1f} |" + " |" * (len(ratios) - 1)])
+
+
+def plot(results: Results, path: Path) -> None:
+    """Accuracy against the prune ratio, a panel for each set."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(SETS), figsize=(13, 4), sharey=True, layout="constrained")
+    for panel, name in zip(panels, SETS):
+        for rule in results.rules():
+            points = [(ratio, results.accuracy(rule, name, ratio)) for ratio in results.ratios()]
+            points = [(100 * ratio, accuracy.mean) for ratio, accuracy in points if accuracy is not None]
+            style = {"linewidth": 3} if rule == "stts" else {"linewidth": 1}
+            panel.plot(*zip(*points), marker="o", label=rule, **style)
+        panel.set(title=f"{name} videos", xlabel="pruned, percent")
+    panels[0].set_ylabel("right answers, percent")
+    panels[-1].legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+def report(results: Results) -> Iterable[str]:
+    """The report as paragraphs of Markdown."""
+    for name in SETS:
+        yield table(results, name)
+    yield "\n".join(map(str, claims(results)))
+    for name in SETS:
+        shares = results.kept_share("stts", name, 0.8)
+        if shares is not None:
+            yield f"{name}, 80 % pruned: {shares[1]:.0f} % of kept windows touch a digit, {shares[0]:.0f} % of all do."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="files that evaluate.py wrote")
+    parser.add_argument("--plot", type=Path, help="picture to write")
+    args = parser.parse_args()
+    try:
+        results = Results([row for path in args.results for row in json.loads(path.read_text())])
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print("\n\n".join(report(results)))
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+import json
+import sys
+
+import pytest
+from PIL import Image
+from report import Claim, Results, claims, main, table
+
+
+def row(rule, ratio, right, *, seed=0, name="short", num_frames=64, **changes):
+    """A hundred questions of each of two kinds; `right` percent of both are answered rightly."""
+    questions = {"digit": [right, 100, 10.0], "order": [right, 100, 50.0]}
+    windows = {"windows": 100, "touched": 10, "kept": 20, "kept_touched": 8}
+    return {
+        "rule": rule,
+        "seed": seed,
+        "set": name,
+        "ratio": ratio,
+        "num_frames": num_frames,
+        "changes": changes,
+        "questions": questions,
+        "windows": windows,
+    }
+
+
+def rows():
+    found = []
+    right = {"stts": {0.0: 80, 0.5: 79, 0.8: 70}, "random": {0.0: 80, 0.5: 60, 0.8: 69}}
+    for name in ("short", "long", "detail"):
+        for seed in (0, 1):
+            found.append(row("unpruned", 0.0, 80 + seed, seed=seed, name=name))
+            for rule, by_ratio in right.items():
+                found += [row(rule, ratio, count, seed=seed, name=name) for ratio, count in by_ratio.items()]
+    found += [row("stts", 0.5, 82, name="long", num_frames=128), row("stts", 0.5, 10, name="short", refill=True)]
+    return found
+
+
+def test_a_table_by_hand():
+    assert table(Results(rows()), "short").splitlines() == [
+        "| short | 0% | 50% | 80% |",
+        "|---|---|---|---|",
+        "| unpruned | 80.5 ± 0.7 |  |  |",
+        "| stts | 80.0 ± 0.0 | 79.0 ± 0.0 | 70.0 ± 0.0 |",
+        "| random | 80.0 ± 0.0 | 60.0 ± 0.0 | 69.0 ± 0.0 |",
+        "| chance | 30.0 | | |",
+    ]
+
+
+def test_kinds_count_equally():
+    result = row("stts", 0.5, 50)
+    result["questions"]["digit"] = [30, 300, 30.0]
+    assert Results([result]).accuracy("stts", "short", 0.5).mean == pytest.approx((10 + 50) / 2)
+
+
+def test_claims_by_hand():
+    found = {claim.text: (round(claim.value, 3), claim.at_least) for claim in claims(Results(rows()))}
+    assert found["short: 50 % pruned against unpruned"] == (-1.5, -0.7)
+    assert found["short: STTS against random at 50 %"] == (19.0, 0.9)
+    assert found["detail: STTS against random at 80 %"] == (1.0, 2.3)
+    assert found["long: 128 frames pruned to the tokens of 64, against 64 unpruned"] == (2.0, 0.5)
+    assert not any("similarity" in text or "256" in text for text in found)
+    assert "(not shown; claimed: at least -0.7)" in str(Claim("a", -1.5, -0.7))
+    assert "(shown; " in str(Claim("a", 0.9, 0.9))
+
+
+def test_changed_settings_stand_apart():
+    results = Results(rows())
+    assert results.accuracy("stts", "short", 0.5).mean == 79
+    assert results.accuracy("stts", "short", 0.5, changes={"refill": True}).mean == 10
+    assert results.accuracy("stts", "short", 0.9) is None
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "results.json").write_text(json.dumps(rows()))
+    arguments = [str(tmp_path / "results.json"), "--plot", str(tmp_path / "plot.png")]
+    monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+    main()
+    printed = capsys.readouterr().out
+    assert "| detail | 0% |" in printed
+    assert "long, 80 % pruned: 40 % of kept windows touch a digit, 10 % of all do." in printed
+    assert Image.open(tmp_path / "plot.png").size == (1300, 400)
+
+
+def test_a_missing_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "none.json")])
+    with pytest.raises(SystemExit, match="error: .*none.json"):
+        main()
