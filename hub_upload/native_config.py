@@ -9,16 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_stts import Molmo2SttsConfig, Molmo2SttsProcessor
 
+from .tiny import TOKEN_FIELDS
+
 
 CONFIG_FILE = "config.yaml"
-TOKEN_FIELDS = {
-    "image_start_token_id": "<im_start>",
-    "low_res_image_start_token_id": "<low_res_im_start>",
-    "image_end_token_id": "<im_end>",
-    "image_patch_id": "<im_patch>",
-    "frame_start_token_id": "<frame_start>",
-    "frame_end_token_id": "<frame_end>",
-}
 ROPE_PREFIX = "rope_"
 # Fields of the language model that begin with the prefix, but are no parameters of a scaled RoPE.
 OTHER_ROPE_FIELDS = ("rope_theta", "rope_type", "rope_full_precision", "rope_impl")

@@ -26,6 +26,16 @@ ADDITIONAL_TOKENS = [
     "<frame_end>",
     "<|video|>",
 ]
+# Which of them the configuration has to know.
+TOKEN_FIELDS = {
+    "image_start_token_id": "<im_start>",
+    "low_res_image_start_token_id": "<low_res_im_start>",
+    "image_end_token_id": "<im_end>",
+    "image_patch_id": "<im_patch>",
+    "frame_start_token_id": "<frame_start>",
+    "frame_end_token_id": "<frame_end>",
+}
+MAX_LENGTH = 36864
 NUM_BYTES = 256
 VOCAB_SIZE = NUM_BYTES + len(TEXT_TOKENS)
 FRAME_SIZE = {"height": 54, "width": 54}
@@ -80,15 +90,10 @@ def tiny_config(**stts) -> Molmo2SttsConfig:
             "num_hidden_layers": 2,
             "vocab_size": VOCAB_SIZE,
             "additional_vocab_size": len(ADDITIONAL_TOKENS),
-            "max_position_embeddings": 36864,
+            "max_position_embeddings": MAX_LENGTH,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
         },
-        image_start_token_id=_token_id("<im_start>"),
-        low_res_image_start_token_id=_token_id("<low_res_im_start>"),
-        image_end_token_id=_token_id("<im_end>"),
-        image_patch_id=_token_id("<im_patch>"),
-        frame_start_token_id=_token_id("<frame_start>"),
-        frame_end_token_id=_token_id("<frame_end>"),
+        **{field: _token_id(token) for field, token in TOKEN_FIELDS.items()},
         stts_config=stts,
     )
 
@@ -98,6 +103,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     vocab = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return finish_tokenizer(tokenizer)
+
+
+def finish_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """
+    Gives a byte-level tokenizer Molmo2's special tokens, which come last, and padding on the left.
+
+    Args:
+        tokenizer (`tokenizers.Tokenizer`): changed in place.
+    """
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in TEXT_TOKENS + ADDITIONAL_TOKENS]
@@ -108,7 +123,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         extra_special_tokens={"image_token": "<|image|>", "video_token": "<|video|>"},
         padding_side="left",
-        model_max_length=36864,
+        model_max_length=MAX_LENGTH,
     )
 
 
@@ -119,6 +134,21 @@ def tiny_processor(config: Molmo2SttsConfig) -> Molmo2SttsProcessor:
     Args:
         config (`Molmo2SttsConfig`): gives the size in pixels of a frame and of a patch.
     """
+    return small_processor(config, tiny_tokenizer(), num_frames=8, max_fps=2)
+
+
+def small_processor(
+    config: Molmo2SttsConfig, tokenizer: PreTrainedTokenizerFast, num_frames: int, max_fps: float
+) -> Molmo2SttsProcessor:
+    """
+    Processor for small frames, with a plain chat template.
+
+    Args:
+        config (`Molmo2SttsConfig`): gives the size in pixels of a frame and of a patch.
+        tokenizer (`PreTrainedTokenizerFast`): see `finish_tokenizer`.
+        num_frames (`int`): at most so many frames of a video.
+        max_fps (`float`): at most so many frames a second.
+    """
     height, width = config.vision_config.image_size
     geometry = {
         "size": {"height": height, "width": width},
@@ -127,10 +157,11 @@ def tiny_processor(config: Molmo2SttsConfig) -> Molmo2SttsProcessor:
         "do_rescale": True,
         "do_normalize": True,
     }
+    sampling = {"num_frames": num_frames, "max_fps": max_fps}
     return Molmo2SttsProcessor(
         image_processor=Molmo2ImageProcessor(**geometry, max_crops=2, pooling_size=[2, 2]),
-        video_processor=Molmo2SttsVideoProcessor(**geometry, pooling_size=[3, 3], num_frames=8, max_fps=2),
-        tokenizer=tiny_tokenizer(),
+        video_processor=Molmo2SttsVideoProcessor(**geometry, pooling_size=[3, 3], **sampling),
+        tokenizer=tokenizer,
         chat_template=CHAT_TEMPLATE,
     )
 
@@ -155,4 +186,4 @@ def tiny_model(weight_seed: int = 0, **stts) -> Molmo2SttsForConditionalGenerati
     return model.eval()
 
 
-__all__ = ["tiny_config", "tiny_model", "tiny_processor", "tiny_tokenizer"]
+__all__ = ["finish_tokenizer", "small_processor", "tiny_config", "tiny_model", "tiny_processor", "tiny_tokenizer"]

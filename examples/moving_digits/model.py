@@ -3,21 +3,22 @@
 import numpy as np
 import torch
 from scenes import FPS, FRAME_SIZE, SETS, describe, draw_questions, draw_scene
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, Molmo2ImageProcessor, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from hub_upload.tiny import ADDITIONAL_TOKENS, CHAT_TEMPLATE, TEXT_TOKENS
-from modeling_stts import (
-    Molmo2SttsConfig,
-    Molmo2SttsForConditionalGeneration,
-    Molmo2SttsProcessor,
-    Molmo2SttsVideoProcessor,
+from hub_upload.tiny import (
+    ADDITIONAL_TOKENS,
+    MAX_LENGTH,
+    TEXT_TOKENS,
+    TOKEN_FIELDS,
+    finish_tokenizer,
+    small_processor,
 )
+from modeling_stts import Molmo2SttsConfig, Molmo2SttsForConditionalGeneration, Molmo2SttsProcessor
 
 
 PATCH_SIZE = 6
 BASE_VOCAB_SIZE = 512
-MAX_LENGTH = 36864
 NUM_FRAMES = 64
 CORPUS_SCENES = 300  # of each set
 INITIALIZER_RANGE = 0.04
@@ -27,7 +28,6 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer whose merges come from this benchmark's questions, with Molmo2's special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=BASE_VOCAB_SIZE - len(TEXT_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -36,16 +36,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(_corpus(), trainer)
     # Unused places keep the special tokens at fixed ids, whatever the number of merges.
     unused = [f"<unused{i}>" for i in range(BASE_VOCAB_SIZE - len(TEXT_TOKENS) - tokenizer.get_vocab_size())]
-    special = [*unused, *TEXT_TOKENS, *ADDITIONAL_TOKENS]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens={"image_token": "<|image|>", "video_token": "<|video|>"},
-        padding_side="left",
-        model_max_length=MAX_LENGTH,
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in unused])
+    return finish_tokenizer(tokenizer)
 
 
 def _corpus() -> list[str]:
@@ -62,14 +54,6 @@ def _corpus() -> list[str]:
 def make_config(tokenizer: PreTrainedTokenizerFast) -> Molmo2SttsConfig:
     """Nine million parameters; frames of 18 x 18 patches, pooled 3 x 3 to 36 windows."""
     vit_shape = {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 64}
-    names = {
-        "image_start_token_id": "<im_start>",
-        "low_res_image_start_token_id": "<low_res_im_start>",
-        "image_end_token_id": "<im_end>",
-        "image_patch_id": "<im_patch>",
-        "frame_start_token_id": "<frame_start>",
-        "frame_end_token_id": "<frame_end>",
-    }
     return Molmo2SttsConfig(
         vision_config={
             **vit_shape,
@@ -99,7 +83,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Molmo2SttsConfig:
             "max_position_embeddings": MAX_LENGTH,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
         },
-        **{name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()},
+        **{field: tokenizer.convert_tokens_to_ids(token) for field, token in TOKEN_FIELDS.items()},
         initializer_range=INITIALIZER_RANGE,
         stts_config={"score_after_layer": 2},
     )
@@ -107,21 +91,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Molmo2SttsConfig:
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> Molmo2SttsProcessor:
     """At most 64 frames of a video, at most 4 a second."""
-    geometry = {
-        "size": {"height": FRAME_SIZE, "width": FRAME_SIZE},
-        "patch_size": PATCH_SIZE,
-        "do_convert_rgb": True,
-        "do_rescale": True,
-        "do_normalize": True,
-    }
-    return Molmo2SttsProcessor(
-        image_processor=Molmo2ImageProcessor(**geometry, max_crops=2, pooling_size=[2, 2]),
-        video_processor=Molmo2SttsVideoProcessor(
-            **geometry, pooling_size=[3, 3], num_frames=NUM_FRAMES, max_fps=max(FPS.values())
-        ),
-        tokenizer=tokenizer,
-        chat_template=CHAT_TEMPLATE,
-    )
+    return small_processor(make_config(tokenizer), tokenizer, NUM_FRAMES, max(FPS.values()))
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Molmo2SttsForConditionalGeneration:
