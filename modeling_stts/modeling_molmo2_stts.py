@@ -231,8 +231,8 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
 
         hidden_states = self._embed_windows(pixel_values, video_token_pooling)
         hidden_states = self._run(0, biased_layer - 1, hidden_states, features)
-        windows = hidden_states.unflatten(1, (plan.num_windows, patches_per_window)).split(plan.num_frames)
-        scores = self.score_windows(windows, stts_config)
+        windows = hidden_states.unflatten(1, (plan.num_windows, patches_per_window))
+        scores = self.score_windows(windows, plan.num_frames, stts_config)
         keep_masks = [select_windows(video_scores, count) for video_scores, count in zip(scores, plan.num_pruned)]
         key_bias = self.key_bias(scores, plan, stts_config)
         if key_bias is not None:
@@ -261,13 +261,13 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
         return Molmo2SttsVisionOutput(
             window_features=torch.cat([kept.to(features[last_layer].device) for kept in kept_features], dim=-1),
             keep_masks=tuple(mask.long() for mask in keep_masks),
-            scores=tuple(scores),
+            scores=scores,
             temporal_loss=_temporal_loss(scores, windows, plan) if has_loss else None,
         )
 
     def idle_scorer_loss(self) -> torch.Tensor:
         """A zero that the scorer took part in: distributed training waits for it in every batch."""
-        return 0.0 * self.scorer(self.positional_embedding.new_zeros(1, 1, 1, self.config.hidden_size)).sum()
+        return 0.0 * self.scorer(self.positional_embedding.new_zeros(1, 1, 1, self.config.hidden_size), [1]).sum()
 
     def _embed_windows(self, pixel_values: torch.Tensor, video_token_pooling: torch.Tensor) -> torch.Tensor:
         hidden_states = self.patch_embedding(pixel_values.to(dtype=self.dtype))
@@ -292,29 +292,36 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
                 features[layer] = hidden_states
         return hidden_states
 
-    def score_windows(self, windows: tuple[torch.Tensor, ...], stts_config: SttsConfig) -> list[torch.Tensor]:
+    def score_windows(
+        self, windows: torch.Tensor, num_frames: list[int], stts_config: SttsConfig
+    ) -> tuple[torch.Tensor, ...]:
         """
         Scores the windows of each video. To try another rule, put a function in the place of this method.
 
         Args:
-            windows (`tuple[torch.Tensor]` of shape `(num_frames, num_windows, num_patches, hidden_size)`):
-                Residual stream of each video after block `score_after_layer`.
+            windows (`torch.Tensor` of shape `(total_frames, num_windows, num_patches, hidden_size)`):
+                Residual stream of all videos, one after the other, after block `score_after_layer`.
+            num_frames (`list[int]`): frames of each video.
 
         Returns:
-            `list[torch.Tensor]` of shape `(num_frames, num_windows)`, float32: for each video, higher = keep.
+            `tuple[torch.Tensor]` of shape `(num_frames, num_windows)`, float32: for each video, higher = keep.
         """
         if stts_config.method == "scorer":
-            return [self.scorer(video) for video in windows]
+            return self.scorer(windows, num_frames).split(num_frames)
         if stts_config.method == "random":
-            return [random_scores(*video.shape[:2], stts_config.seed).to(video.device) for video in windows]
-        return [F.pad(1 - neighbor_similarity(video.detach()), (0, 0, 1, 0), value=1.0) for video in windows]
+            num_windows = windows.shape[1]
+            return tuple(random_scores(n, num_windows, stts_config.seed).to(windows.device) for n in num_frames)
+        similarities = neighbor_similarity(windows.detach(), num_frames)
+        return tuple(F.pad(1 - similarity, (0, 0, 1, 0), value=1.0) for similarity in similarities)
 
-    def key_bias(self, scores: list[torch.Tensor], plan: PrunePlan, stts_config: SttsConfig) -> torch.Tensor | None:
+    def key_bias(
+        self, scores: tuple[torch.Tensor, ...], plan: PrunePlan, stts_config: SttsConfig
+    ) -> torch.Tensor | None:
         """
         Biases of the keys in the block after the scoring, through which the language loss reaches the scorer.
 
         Args:
-            scores (`list[torch.Tensor]` of shape `(num_frames, num_windows)`): for each video.
+            scores (`tuple[torch.Tensor]` of shape `(num_frames, num_windows)`): for each video.
             plan (`PrunePlan`): says which videos are pruned; the others get zeros.
 
         Returns:
@@ -322,16 +329,16 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
         """
         if stts_config.method != "scorer":
             return None
-        biases = []
-        for video, num_pruned in zip(scores, plan.num_pruned):
-            bias = score_to_key_bias(video.unflatten(1, (plan.num_rows, plan.num_cols)), stts_config.bias_floor)
-            biases.append(bias.flatten(1) if num_pruned > 0 else torch.zeros_like(video))
-        return torch.cat(biases)
+        grids = torch.cat(scores).unflatten(1, (plan.num_rows, plan.num_cols))
+        bias = score_to_key_bias(grids, plan.num_frames, stts_config.bias_floor).flatten(1)
+        videos = zip(bias.split(plan.num_frames), plan.num_pruned)
+        return torch.cat([video if num_pruned > 0 else torch.zeros_like(video) for video, num_pruned in videos])
 
 
-def _temporal_loss(scores: list[torch.Tensor], windows: tuple[torch.Tensor, ...], plan: PrunePlan) -> torch.Tensor:
+def _temporal_loss(scores: tuple[torch.Tensor, ...], windows: torch.Tensor, plan: PrunePlan) -> torch.Tensor:
+    similarities = neighbor_similarity(windows, plan.num_frames)
     pruned = [video for video, num_pruned in enumerate(plan.num_pruned) if num_pruned > 0]
-    return temporal_loss([scores[video] for video in pruned], [windows[video] for video in pruned])
+    return temporal_loss([scores[video] for video in pruned], [similarities[video] for video in pruned])
 
 
 def _kept_windows(

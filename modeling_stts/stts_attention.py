@@ -11,15 +11,16 @@ if is_torch_greater_or_equal("2.10"):
     from torch.nn.attention.varlen import varlen_attn
 
 
-def score_to_key_bias(scores: torch.Tensor, bias_floor: float) -> torch.Tensor:
+def score_to_key_bias(scores: torch.Tensor, num_frames: list[int], bias_floor: float) -> torch.Tensor:
     """
-    Turns the scores of one video into additive biases on the attention logits of the keys: the logarithm of the
-    scores, rescaled to `[exp(bias_floor), 1]` by minimum and maximum of each row of a frame. A constant row gets
-    `bias_floor`, the first frame 0. Row-wise and with 1e-6 in the denominator, because the published checkpoints were
+    Turns the scores of videos into additive biases on the attention logits of the keys: the logarithm of the scores,
+    rescaled to `[exp(bias_floor), 1]` by minimum and maximum of each row of a frame. A constant row gets `bias_floor`,
+    the first frame of a video 0. Row-wise and with 1e-6 in the denominator, because the published checkpoints were
     trained so (reference `rescale`).
 
     Args:
-        scores (`torch.Tensor` of shape `(num_frames, num_rows, num_cols)`): in (0, 1).
+        scores (`torch.Tensor` of shape `(total_frames, num_rows, num_cols)`): in (0, 1), of all videos in order.
+        num_frames (`list[int]`): frames of each video.
         bias_floor (`float`): the lowest bias, below 0.
 
     Returns:
@@ -28,7 +29,8 @@ def score_to_key_bias(scores: torch.Tensor, bias_floor: float) -> torch.Tensor:
     low = math.exp(bias_floor)
     smallest, largest = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
     rescaled = low + (scores - smallest) * (1 - low) / (largest - smallest + 1e-6)
-    return torch.cat([torch.zeros_like(scores[:1]), rescaled[1:].log()])
+    zeros = torch.zeros_like(scores[:1])
+    return torch.cat([part for video in rescaled.log().split(num_frames) for part in (zeros, video[1:])])
 
 
 def can_attend_in_segments(hidden_states: torch.Tensor) -> bool:

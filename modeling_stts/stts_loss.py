@@ -4,22 +4,24 @@ import torch
 from torch.nn import functional as F
 
 
-def neighbor_similarity(windows: torch.Tensor) -> torch.Tensor:
+def neighbor_similarity(windows: torch.Tensor, num_frames: list[int]) -> list[torch.Tensor]:
     """
     Cosine between each window and the same window one frame before, over the window's concatenated patches.
 
     Args:
-        windows (`torch.Tensor` of shape `(num_frames, num_windows, num_patches, hidden_size)`): patches of one video.
+        windows (`torch.Tensor` of shape `(total_frames, num_windows, num_patches, hidden_size)`):
+            Patches of all videos, one after the other.
+        num_frames (`list[int]`): frames of each video.
 
     Returns:
-        `torch.Tensor` of shape `(num_frames - 1, num_windows)`, float32, in [-1, 1]: row `f` compares frames `f` and
-        `f + 1`. Gradients flow into both frames.
+        `list[torch.Tensor]` of shape `(num_frames - 1, num_windows)`, float32, in [-1, 1]: for each video; row `f`
+        compares frames `f` and `f + 1`. Gradients flow into both frames.
     """
     unit = F.normalize(windows.flatten(2).float(), dim=-1)
-    return (unit[1:] * unit[:-1]).sum(-1)
+    return [(video[1:] * video[:-1]).sum(-1) for video in unit.split(num_frames)]
 
 
-def temporal_loss(scores: list[torch.Tensor], windows: list[torch.Tensor]) -> torch.Tensor:
+def temporal_loss(scores: list[torch.Tensor], similarities: list[torch.Tensor]) -> torch.Tensor:
     """
     Mean squared error between the scores and 1 - similarity to the frame before (paper section 3, loss of the
     scorer), over frames 1.. of every pruned video. Videos never see each other (the reference compares a video's
@@ -27,15 +29,10 @@ def temporal_loss(scores: list[torch.Tensor], windows: list[torch.Tensor]) -> to
 
     Args:
         scores (`list[torch.Tensor]` of shape `(num_frames, num_windows)`): scores of each pruned video.
-        windows (`list[torch.Tensor]` of shape `(num_frames, num_windows, num_patches, hidden_size)`):
-            What the scores were computed from.
+        similarities (`list[torch.Tensor]` of shape `(num_frames - 1, num_windows)`): see `neighbor_similarity`.
 
     Returns:
         `torch.Tensor`: a float32 scalar without weight; 0 where no video has a second frame.
     """
-    errors = [
-        (video_scores[1:] - (1 - neighbor_similarity(video_windows))).flatten()
-        for video_scores, video_windows in zip(scores, windows)
-    ]
-    errors = torch.cat(errors)
+    errors = torch.cat([video[1:] for video in scores]) - (1 - torch.cat(similarities))
     return errors.square().sum() / max(1, errors.numel())

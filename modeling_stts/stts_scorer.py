@@ -1,4 +1,4 @@
-"""The learned scorer: a score in (0, 1) for every window of one video, from this frame and the one before."""
+"""The learned scorer: a score in (0, 1) for every window of a video, from this frame and the one before."""
 
 import torch
 from torch import nn
@@ -56,7 +56,7 @@ class SttsScorerMLP(nn.Module):
 
 class SttsScorer(nn.Module):
     """
-    Scores the windows of one video (paper section 3; reference `temporal_token_scorer`).
+    Scores the windows of videos (paper section 3; reference `temporal_token_scorer`).
 
     Args:
         hidden_size (`int`): size of a patch vector.
@@ -70,19 +70,20 @@ class SttsScorer(nn.Module):
         self.window_pooler = SttsWindowPooler(hidden_size, num_heads, head_dim)
         self.mlp = SttsScorerMLP(hidden_size, intermediate_size)
 
-    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+    def forward(self, windows: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
         """
         Args:
-            windows (`torch.Tensor` of shape `(num_frames, num_windows, num_patches, hidden_size)`):
-                Residual stream of one video after block `score_after_layer`, without a norm.
+            windows (`torch.Tensor` of shape `(total_frames, num_windows, num_patches, hidden_size)`):
+                Residual stream of all videos, one after the other, after block `score_after_layer`, without a norm.
+            num_frames (`list[int]`): frames of each video.
 
         Returns:
-            `torch.Tensor` of shape `(num_frames, num_windows)`, float32: scores in (0, 1), higher = keep. The frame
-            before the first one counts as zeros.
+            `torch.Tensor` of shape `(total_frames, num_windows)`, float32: scores in (0, 1), higher = keep. The frame
+            before the first one of a video counts as zeros.
         """
-        num_frames, num_windows = windows.shape[:2]
-        pooled = self.window_pooler(windows.flatten(0, 1)).unflatten(0, (num_frames, num_windows))
-        previous = torch.cat([torch.zeros_like(pooled[:1]), pooled[:-1]])
+        pooled = self.window_pooler(windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
+        zeros = torch.zeros_like(pooled[:1])
+        previous = torch.cat([part for video in pooled.split(num_frames) for part in (zeros, video[:-1])])
         logits = self.mlp(torch.cat([previous, pooled], dim=-1))
         # Scores that saturate in half precision would tie, and ties are cut by position.
         return logits.squeeze(-1).float().sigmoid()

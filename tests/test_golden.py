@@ -49,8 +49,8 @@ def test_scores_and_masks_match_the_reference(name):
 @pytest.mark.parametrize("name", PRUNED)
 def test_key_bias_matches_the_reference(name):
     case = load_case(name)
-    scores = case.tensors["eval/scores"][case.frame_idx].split([frames for _, _, frames in case.videos])
-    ours = torch.cat([score_to_key_bias(video.unflatten(1, (9, 9)), -2.0) for video in scores])
+    scores = case.tensors["eval/scores"][case.frame_idx].unflatten(1, (9, 9))
+    ours = score_to_key_bias(scores, [frames for _, _, frames in case.videos], -2.0)
     theirs = case.tensors["eval/attn_bias"][case.frame_idx].view(-1, 27, 27)[:, ::3, ::3]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 

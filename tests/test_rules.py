@@ -26,7 +26,7 @@ def test_every_rule_prunes_a_video_to_the_same_number_and_keeps_the_first_frame(
 
 
 def test_stride_keeps_windows_at_even_distances():
-    scores = uniform_stride([windows(8)], None)[0].flatten()
+    scores = uniform_stride(windows(8), [8], None)[0].flatten()
     for num_kept in (29, 58, 144, 202):
         kept = scores.topk(num_kept).indices.sort().values
         gaps = kept.diff()
@@ -38,19 +38,19 @@ def test_frame_pairs_by_hand():
     # Two dimensions; the mean of the first frame points to the right, so the window that points up is the odd one.
     first = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, -0.1]])
     second = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.0]])
-    scores = frame_pairs([torch.stack([first, second])[:, :, None]], None)[0]
+    scores = frame_pairs(torch.stack([first, second])[:, :, None], [2], None)[0]
     assert scores[0].argmax() == 2
     assert scores[1].argmax() == 3
     assert sorted(scores[1].tolist()) == [0, 0.25, 0.5, 0.75]
 
 
 def test_frame_pairs_drop_the_same_number_of_every_frame():
-    scores = frame_pairs([windows(6)], None)[0]
+    scores = frame_pairs(windows(6), [6], None)[0]
     assert all(sorted(row.tolist()) == sorted(scores[0].tolist()) for row in scores)
 
 
 def test_random_scores_are_new_in_every_call():
-    assert not torch.equal(*(random_windows([windows()], None)[0] for _ in range(2)))
+    assert not torch.equal(*(random_windows(windows(), [4], None)[0] for _ in range(2)))
 
 
 def test_plain_bias_is_the_logarithm_and_zero_in_first_frames():

@@ -14,7 +14,7 @@ from modeling_stts.stts_attention import (
 
 def test_key_bias_of_a_hand_made_row():
     scores = torch.tensor([[[0.2, 0.9, 0.4]], [[0.2, 0.7, 0.45]]])
-    bias = score_to_key_bias(scores, bias_floor=-2.0)
+    bias = score_to_key_bias(scores, [len(scores)], bias_floor=-2.0)
     low = math.exp(-2)
     assert bias[0].tolist() == [[0, 0, 0]]
     expected = torch.tensor([-2.0, 0.0, math.log(low + 0.5 * (1 - low))])
@@ -22,13 +22,13 @@ def test_key_bias_of_a_hand_made_row():
 
 
 def test_a_constant_row_gets_the_floor():
-    bias = score_to_key_bias(torch.full((2, 9, 9), 0.3), bias_floor=-1.5)
+    bias = score_to_key_bias(torch.full((2, 9, 9), 0.3), [2], bias_floor=-1.5)
     assert torch.allclose(bias[1], torch.full((9, 9), -1.5))
 
 
 def test_key_bias_and_gradients_equal_the_naive_twin():
     scores = torch.rand(3, 81, dtype=torch.double, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    ours = score_to_key_bias(scores.unflatten(1, (9, 9)), -2.0)
+    ours = score_to_key_bias(scores.unflatten(1, (9, 9)), [len(scores)], -2.0)
     naive = key_bias(scores).view(3, 27, 27)[:, ::3, ::3]
     torch.testing.assert_close(ours, naive)
     weight = torch.rand(3, 9, 9, dtype=torch.double)

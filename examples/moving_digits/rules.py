@@ -17,17 +17,18 @@ from modeling_stts import Molmo2SttsForConditionalGeneration
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
-def random_windows(windows, stts_config) -> list[torch.Tensor]:
+def random_windows(windows, num_frames, stts_config) -> tuple[torch.Tensor, ...]:
     """New uniform noise for every video and call; `method="random"` repeats one pattern."""
-    return [torch.rand(video.shape[:2], device=video.device) for video in windows]
+    return torch.rand(windows.shape[:2], device=windows.device).split(num_frames)
 
 
-def frame_pairs(windows, stts_config) -> list[torch.Tensor]:
+def frame_pairs(windows, num_frames, stts_config) -> tuple[torch.Tensor, ...]:
     """
     OmniSIFT's rule for videos (arXiv 2602.04804): in the first frame of a pair the windows nearest to the frame's mean
     go, in the second those nearest to the same place of the first. Every frame loses the same number.
     """
-    return [_rank_in_frame(_pair_distances(video.detach().flatten(2).float())) for video in windows]
+    videos = windows.detach().flatten(2).float().split(num_frames)
+    return tuple(_rank_in_frame(_pair_distances(video)) for video in videos)
 
 
 def _pair_distances(video: torch.Tensor) -> torch.Tensor:
@@ -42,17 +43,15 @@ def _rank_in_frame(scores: torch.Tensor) -> torch.Tensor:
     return scores.argsort(-1).argsort(-1).float() / scores.shape[-1]
 
 
-def uniform_stride(windows, stts_config) -> list[torch.Tensor]:
+def uniform_stride(windows, num_frames, stts_config) -> tuple[torch.Tensor, ...]:
     """
     ADSC's rule (arXiv 2602.12618): tokens at even distances stay. Multiples of the golden ratio, modulo 1, are spread
     so evenly that the highest scores are such a set, whatever their number.
     """
-    return [
-        (torch.arange(video.shape[0] * video.shape[1], dtype=torch.float64) * GOLDEN_RATIO % 1)
-        .view(video.shape[:2])
-        .to(video.device, torch.float32)
-        for video in windows
-    ]
+    num_windows = windows.shape[1]
+    multiples = torch.arange(max(num_frames) * num_windows, dtype=torch.float64) * GOLDEN_RATIO
+    scores = (multiples % 1).view(-1, num_windows).to(windows.device, torch.float32)
+    return tuple(scores[:n] for n in num_frames)
 
 
 def plain_bias(scores, plan, stts_config) -> torch.Tensor:
