@@ -2,12 +2,14 @@ import functools
 import http.server
 import sys
 import threading
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from clips import number_image, read_numbers, silence, write_audio, write_clip
+from transformers.video_utils import VideoMetadata
 
 from modeling_stts.stts_video import paths_as_strings, read_video
 
@@ -55,6 +57,7 @@ def test_exactly_the_asked_frames_come(tmp_path, name, options):
 
 def test_metadata(tmp_path):
     _, metadata = read_video(write_clip(tmp_path / "a.mp4", 10, fps=4), every(5))
+    assert metadata.timestamps == [0, 1.25]
     assert dict(metadata) == {
         "total_num_frames": 10,
         "fps": 4.0,
@@ -64,6 +67,28 @@ def test_metadata(tmp_path):
         "video_backend": "pyav",
         "frames_indices": [0, 5],
     }
+
+
+@pytest.mark.parametrize("name, codec", [("a.mp4", "mpeg4"), ("a.mp4", "libx264"), ("a.mkv", "libx264")])
+def test_timestamps_of_a_constant_rate_are_the_native_ones(tmp_path, name, codec):
+    clip = write_clip(tmp_path / name, 60, fps=Fraction(30000, 1001), codec=codec, first_pts=9)
+    _, metadata = read_video(clip, every(7))
+    assert metadata.timestamps == VideoMetadata(**metadata).timestamps
+
+
+def test_timestamps_of_a_variable_rate_are_those_of_the_file(tmp_path):
+    times = [3, 4, 5, 9, 20, 22, 23, 40]
+    for name, codec in [("a.mp4", "mpeg4"), ("a.mp4", "libx264"), ("a.gif", "gif")]:
+        encoder = {"pix_fmt": "rgb8" if codec == "gif" else "yuv420p"}
+        _, metadata = read_video(write_clip(tmp_path / name, 8, 10, codec, times=times, encoder=encoder), every(3))
+        assert metadata.timestamps == pytest.approx([0, 0.6, 2])
+
+
+def test_frames_that_an_edit_list_hides_have_no_time(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", 30, codec="libx264", first_pts=-12, avoid_negative_ts="disabled")
+    frames, metadata = read_video(path, every(5))
+    assert read_numbers(frames) == [12, 17, 22, 27]
+    assert metadata.timestamps == [0, 1.25, 2.5, 3.75]
 
 
 def test_all_frames_without_sampling(tmp_path):
