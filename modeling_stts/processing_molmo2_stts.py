@@ -42,7 +42,7 @@ class Molmo2SttsProcessor(Molmo2Processor):
             images: as for `Molmo2Processor`.
             text (`str` or `list[str]`, *optional*): prompts, with at most one video placeholder each.
             videos: as for `Molmo2SttsVideoProcessor`, in the order of the placeholders; or one list for each prompt.
-            kwargs: as for `Molmo2Processor`, such as `num_frames`, `fps` and `max_fps` (frames per second).
+            kwargs: as for `Molmo2Processor` and `Molmo2SttsVideoProcessor`, such as `num_frames` and `start`.
 
         Returns:
             `BatchFeature`: with `input_ids`, `attention_mask` and `mm_token_type_ids` of shape

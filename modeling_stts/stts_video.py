@@ -29,10 +29,12 @@ class TimedVideoMetadata(VideoMetadata):
     frame_times (`Sequence[float]`):
         When each frame is presented, in seconds after the first one; up to the last sampled frame at least. Empty
         where the file does not say.
+    keyframes (`Sequence[int]`): ascending indices of the frames that can be decoded without others.
     """
 
-    # No field, so that a dictionary of the metadata is still one that the native classes take.
+    # No fields, so that a dictionary of the metadata is still one that the native classes take.
     frame_times: Sequence[float] = ()
+    keyframes: Sequence[int] = ()
 
     @property
     def timestamps(self) -> list[float]:
@@ -64,7 +66,9 @@ def read_video(
         `height` in pixels, `frames_indices` as sampled, `timestamps` in seconds after the file's first frame.
 
     Raises:
-        ValueError: if the path is not a file with a video stream whose sampled frames can all be decoded.
+        ValueError:
+            if the path is not a file with a video stream whose sampled frames can all be decoded, or the sampling
+            function refuses it.
         ImportError: if PyAV is not installed.
     """
     path = os.fspath(path)
@@ -73,9 +77,10 @@ def read_video(
         packets = read_packets(stream)
         _check_packets(path, stream, packets)
         metadata = _metadata(stream, len(packets.shown))
+        metadata.keyframes = np.flatnonzero(packets.is_keyframe[packets.shown])
         if packets.are_ordered:
             metadata.frame_times = _frame_times(stream, packets.pts[packets.shown])
-        indices = _sample(metadata, sample_indices_fn)
+        indices = _sample(path, metadata, sample_indices_fn)
         if packets.are_ordered and stream.codec_context.codec.canonical_name in ONE_FRAME_A_PACKET:
             try:
                 return _stack(stream, SeekingDecoder(stream, packets).read(indices), metadata), metadata
@@ -197,11 +202,14 @@ def _frame_times(stream: Any, pts: np.ndarray) -> list[float]:
     return times.tolist()
 
 
-def _sample(metadata: TimedVideoMetadata, sample_indices_fn: Callable | None) -> list[int]:
-    num_frames = metadata.total_num_frames
-    metadata.frames_indices = (
-        list(range(num_frames)) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
-    )
+def _sample(path: str, metadata: TimedVideoMetadata, sample_indices_fn: Callable | None) -> list[int]:
+    indices = list(range(metadata.total_num_frames))
+    if sample_indices_fn is not None:
+        try:
+            indices = sample_indices_fn(metadata=metadata)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    metadata.frames_indices = indices
     return [int(index) for index in metadata.frames_indices]
 
 
@@ -210,7 +218,7 @@ def _read_in_order(
 ) -> tuple[np.ndarray, TimedVideoMetadata]:
     with _open_stream(path, source) as stream:
         decoder = InOrderDecoder(stream)
-        frames = _decode_in_order(decoder, metadata, sample_indices_fn)
+        frames = _decode_in_order(path, decoder, metadata, sample_indices_fn)
         if not decoder.is_complete:
             _check_end(path, stream, decoder, metadata.total_num_frames)
     if not decoder.is_complete:
@@ -218,7 +226,7 @@ def _read_in_order(
         metadata.duration = metadata.total_num_frames / metadata.fps if metadata.fps else None
         with _open_stream(path, source) as stream:
             decoder = InOrderDecoder(stream)
-            frames = _decode_in_order(decoder, metadata, sample_indices_fn)
+            frames = _decode_in_order(path, decoder, metadata, sample_indices_fn)
     if not decoder.is_complete:
         message = f"Frame {len(decoder.times)} of {path} cannot be decoded: {decoder.error}"
         raise ValueError(message) from decoder.error
@@ -226,9 +234,9 @@ def _read_in_order(
 
 
 def _decode_in_order(
-    decoder: InOrderDecoder, metadata: TimedVideoMetadata, sample_indices_fn: Callable | None
+    path: str, decoder: InOrderDecoder, metadata: TimedVideoMetadata, sample_indices_fn: Callable | None
 ) -> np.ndarray:
-    indices = _sample(metadata, sample_indices_fn)
+    indices = _sample(path, metadata, sample_indices_fn)
     frames = _stack(decoder.stream, decoder.read(indices), metadata)
     are_known = decoder.times and None not in decoder.times
     metadata.frame_times = _frame_times(decoder.stream, np.array(decoder.times)) if are_known else ()

@@ -56,7 +56,7 @@ def check(path, indices):
 @pytest.mark.parametrize("name", CODECS)
 @settings(max_examples=12, deadline=None)
 @given(
-    steps=st.lists(st.integers(1, 5), min_size=1, max_size=40) | st.integers(1, 40).map(lambda length: [1] * length),
+    steps=st.lists(st.integers(1, 5), min_size=6, max_size=40) | st.integers(6, 40).map(lambda length: [1] * length),
     first_pts=st.sampled_from([0, 7]),
     gop_size=st.integers(1, 24),
     indices=st.sets(st.integers(0, 39), min_size=1, max_size=5),
