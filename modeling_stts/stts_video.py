@@ -21,6 +21,10 @@ from .stts_decoding import (
 )
 
 
+# Twice an 8K frame. A few bytes of a crafted file can hold a frame that fills the memory.
+MAX_PIXELS = 2**26
+
+
 class TimedVideoMetadata(VideoMetadata):
     """
     Differences from `VideoMetadata`:
@@ -52,7 +56,8 @@ def read_video(
 
     Frames count in order of presentation. Where frames cannot be found by the packets' times, the file is decoded from
     its start. A file that ends at most `max(2, 2 %)` frames before its header says so is sampled from its real number
-    of frames. Rotated recordings (phones) are turned upright.
+    of frames. Rotated recordings (phones) are turned upright, and pixels are made square. All frames get the size of
+    the first sampled one.
 
     Args:
         path (`str` or `os.PathLike`): a local file, or an http(s) address.
@@ -83,7 +88,7 @@ def read_video(
         indices = _sample(path, metadata, sample_indices_fn)
         if packets.are_ordered and stream.codec_context.codec.canonical_name in ONE_FRAME_A_PACKET:
             try:
-                return _stack(stream, SeekingDecoder(stream, packets).read(indices), metadata), metadata
+                return _stack(path, stream, SeekingDecoder(stream, packets).read(indices), metadata), metadata
             except (UnexpectedFrameError, import_av().error.FFmpegError):
                 # Decoding in order gives the frames all the same, or says what is wrong with the file.
                 pass
@@ -237,7 +242,7 @@ def _decode_in_order(
     path: str, decoder: InOrderDecoder, metadata: TimedVideoMetadata, sample_indices_fn: Callable | None
 ) -> np.ndarray:
     indices = _sample(path, metadata, sample_indices_fn)
-    frames = _stack(decoder.stream, decoder.read(indices), metadata)
+    frames = _stack(path, decoder.stream, decoder.read(indices), metadata)
     are_known = decoder.times and None not in decoder.times
     metadata.frame_times = _frame_times(decoder.stream, np.array(decoder.times)) if are_known else ()
     return frames
@@ -251,10 +256,14 @@ def _check_end(path: str, stream: Any, decoder: InOrderDecoder, num_expected: in
         raise _too_short(path, num_expected, len(decoder.times), decoder.error) from decoder.error
 
 
-def _stack(stream: Any, frames: Iterator[Any], metadata: TimedVideoMetadata) -> np.ndarray:
+def _stack(path: str, stream: Any, frames: Iterator[Any], metadata: TimedVideoMetadata) -> np.ndarray:
     stacked = np.empty((len(metadata.frames_indices), 0, 0, 3), dtype=np.uint8)
     for slot, frame in enumerate(frames):
-        image = _upright_rgb(stream, frame)
+        if slot == 0:
+            # The size may change within a stream; all frames get the first one's.
+            size = _shown_size(path, stream, frame)
+        image = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
+        image = np.rot90(image, round(frame.rotation / 90))
         if slot == 0:
             stacked = np.empty((len(stacked), *image.shape), dtype=np.uint8)
         stacked[slot] = image
@@ -262,10 +271,12 @@ def _stack(stream: Any, frames: Iterator[Any], metadata: TimedVideoMetadata) -> 
     return stacked
 
 
-def _upright_rgb(stream: Any, frame: Any) -> np.ndarray:
-    # The size may change within a stream; all frames get the first one's.
-    image = frame.to_ndarray(format="rgb24", width=stream.width, height=stream.height)
-    return np.rot90(image, round(frame.rotation / 90))
+def _shown_size(path: str, stream: Any, frame: Any) -> tuple[int, int]:
+    """Width and height of a frame with square pixels, before it is turned upright."""
+    width, height = round(frame.width * (stream.sample_aspect_ratio or 1)), frame.height
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ValueError(f"{path} has frames of {width} x {height} pixels; at most {MAX_PIXELS} pixels are read.")
+    return width, height
 
 
 __all__ = ["TimedVideoMetadata", "paths_as_strings", "read_video"]

@@ -30,7 +30,7 @@ def write_clip(
     A clip of `num_frames` frames, numbered from 0. Returns its path.
 
     `times` are the frames' places on a clock of `fps` ticks a second, for a variable frame rate; `encoder` holds the
-    encoder's settings, among them `gop_size` and `pix_fmt`.
+    encoder's settings, among them `gop_size`, `pix_fmt` and `side`.
     """
     with av.open(str(path), mode="w", container_options=container_options) as container:
         stream = add_stream(container, codec, fps, **(encoder or {}))
@@ -44,9 +44,9 @@ def write_clip(
     return path
 
 
-def add_stream(container, codec, fps=4, gop_size=5, pix_fmt="yuv420p", **codec_options):
+def add_stream(container, codec, fps=4, gop_size=5, pix_fmt="yuv420p", side=SIDE, **codec_options):
     stream = container.add_stream(codec, rate=fps, options=codec_options)
-    stream.width, stream.height, stream.pix_fmt, stream.gop_size = SIDE, SIDE, pix_fmt, gop_size
+    stream.width, stream.height, stream.pix_fmt, stream.gop_size = side, side, pix_fmt, gop_size
     return stream
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from clips import number_image, read_numbers, silence, write_audio, write_clip
+from clips import add_stream, number_image, read_numbers, silence, write_audio, write_clip
 from transformers.video_utils import VideoMetadata
 
+from modeling_stts import stts_video
 from modeling_stts.stts_video import paths_as_strings, read_video
 
 
@@ -128,6 +129,49 @@ def test_size_follows_the_rotation(tmp_path):
     frames, metadata = read_video(tmp_path / "a.mp4")
     assert frames.shape == (1, 64, 32, 3)
     assert (metadata.height, metadata.width) == (64, 32)
+
+
+@pytest.mark.parametrize("ratio, width", [(Fraction(2), 128), (Fraction(12, 11), 70), (Fraction(1, 2), 32)])
+def test_pixels_are_made_square(tmp_path, ratio, width):
+    with av.open(str(tmp_path / "a.mp4"), mode="w") as container:
+        stream = add_stream(container, "libx264")
+        stream.codec_context.sample_aspect_ratio = ratio
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(number_image(37), format="rgb24")))
+        container.mux(stream.encode())
+    frames, metadata = read_video(tmp_path / "a.mp4")
+    assert frames.shape == (1, 64, width, 3) and (metadata.height, metadata.width) == (64, width)
+    assert read_numbers(frames) == [37]
+
+
+@pytest.mark.parametrize(
+    "codec, options", [("libx265", {"x265-params": "log-level=none"}), ("libsvtav1", {"preset": "12"})]
+)
+def test_ten_bits_become_eight(tmp_path, codec, options):
+    levels = np.linspace(0, 255, 16).astype(np.uint8).repeat(4)
+    image = np.broadcast_to(levels[None, :, None], (64, 64, 3)).copy()
+    with av.open(str(tmp_path / "a.mp4"), mode="w") as container:
+        stream = add_stream(container, codec, pix_fmt="yuv420p10le", crf="5", **options)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    frames, _ = read_video(tmp_path / "a.mp4")
+    assert np.abs(frames[0].astype(int) - image).max() <= 6
+
+
+def test_a_size_that_changes_midway(tmp_path):
+    for side in (64, 96):
+        write_clip(tmp_path / f"{side}.ts", 8, codec="mpeg2video", fps=25, encoder={"side": side})
+    (tmp_path / "a.ts").write_bytes((tmp_path / "64.ts").read_bytes() + (tmp_path / "96.ts").read_bytes())
+    frames, _ = read_video(tmp_path / "a.ts")
+    assert frames.shape[1:] == (64, 64, 3)
+    numbers = read_numbers(frames)
+    assert (numbers[:7], numbers[-8:]) == (list(range(7)), list(range(8)))
+
+
+def test_frames_of_too_many_pixels_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(stts_video, "MAX_PIXELS", 4000)
+    for codec in ("mpeg4", "libx264"):
+        with pytest.raises(ValueError, match=r"a\.mp4 has frames of 64 x 64 pixels; at most 4000 pixels are read"):
+            read_video(write_clip(tmp_path / "a.mp4", 3, codec=codec))
 
 
 def test_a_relative_name_with_a_colon_is_a_file(tmp_path, monkeypatch):
