@@ -87,7 +87,8 @@ def read_packets(stream: Any) -> Packets:
             if packet.size > 0:
                 rows.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
     except import_av().error.FFmpegError as demux_error:
-        error = demux_error
+        # Its traceback would keep the stream and its decoding threads alive.
+        error = demux_error.with_traceback(None)
     pts = [row[0] for row in rows]
     if None in pts:
         pts = [0] * len(rows)
@@ -129,10 +130,14 @@ class SeekingDecoder:
             UnexpectedFrameError: if other frames come than the packets announce.
             FFmpegError: if the stream cannot be read or decoded.
         """
-        # A stream may begin with frames that cannot be decoded, which would shift all others.
-        self._read_one(0)
-        for index in indices:
-            yield self._read_one(index)
+        try:
+            # A stream may begin with frames that cannot be decoded, which would shift all others.
+            self._read_one(0)
+            for index in indices:
+                yield self._read_one(index)
+        finally:
+            # It refers to this object, so that the decoder and its threads would live until garbage is collected.
+            self.frames = iter(())
 
     def _read_one(self, index: int) -> Any:
         if self.num_fed < self.starts[index]:
@@ -206,7 +211,7 @@ class InOrderDecoder:
                     self.is_complete = True
                     break
         except import_av().error.FFmpegError as error:
-            self.error = error
+            self.error = error.with_traceback(None)
 
 
 __all__ = ["InOrderDecoder", "ONE_FRAME_A_PACKET", "Packets", "SeekingDecoder", "UnexpectedFrameError"]

@@ -145,6 +145,8 @@ def _video_stream(path: str, container: Any) -> Any:
     streams = [stream for stream in container.streams.video if not stream.disposition & cover_image]
     if not streams:
         raise ValueError(f"{path} has no video stream (streams: {[stream.type for stream in container.streams]}).")
+    if streams[0].codec_context is None:
+        raise ValueError(f"{path} has a video stream in a format that FFmpeg cannot decode.")
     streams[0].thread_type = "AUTO"
     return streams[0]
 

@@ -1,6 +1,8 @@
 import functools
+import gc
 import http.server
 import sys
+import tempfile
 import threading
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +11,9 @@ import av
 import numpy as np
 import pytest
 from clips import add_stream, number_image, read_numbers, silence, write_audio, write_clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from transformers.video_utils import VideoMetadata
 
 from modeling_stts import stts_video
@@ -272,16 +277,104 @@ def test_missing_pyav_is_named(tmp_path, monkeypatch):
         read_video(path)
 
 
-def test_files_are_closed(tmp_path):
-    before = set(Path("/proc/self/fd").iterdir()) if Path("/proc/self/fd").is_dir() else set()
-    path = write_clip(tmp_path / "a.mp4", 3)
-    (tmp_path / "b.mp4").write_bytes(b"hello" * 500)
-    read_video(path)
-    for bad in (tmp_path / "b.mp4", write_audio(tmp_path / "c.mp4")):
-        with pytest.raises(ValueError):
-            read_video(bad)
-    after = set(Path("/proc/self/fd").iterdir()) if before else set()
-    assert len(after) == len(before)
+LAYOUTS = {
+    "a.mp4": {"codec": "libx264", "movflags": "faststart"},
+    "b.mp4": {"codec": "libx265", "movflags": "faststart", "encoder": {"x265-params": "log-level=none"}},
+    "c.mp4": {"movflags": "faststart"},
+    "d.mkv": {"codec": "libx264"},
+    "e.ts": {"codec": "libx264"},
+    "f.avi": {},
+    "g.gif": {"codec": "gif", "encoder": {"pix_fmt": "rgb8"}},
+    "h.webm": {"codec": "libvpx-vp9", "encoder": {"cpu-used": "8"}},
+}
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layouts")
+    return {name: write_clip(folder / name, 20, fps=20, **options).read_bytes() for name, options in LAYOUTS.items()}
+
+
+def read_or_refuse(path):
+    """That a file is read, or refused with its name."""
+    try:
+        frames, metadata = read_video(path, last)
+    except ValueError as error:
+        assert path.name in str(error)
+    else:
+        assert len(frames) == len(metadata.timestamps) == 2
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_a_file_cut_at_any_byte_is_read_or_refused(name, contents, data):
+    content = contents[name]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+        read_or_refuse(path)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_refused(name, contents, data):
+    content = bytearray(contents[name])
+    places = st.integers(0, len(content) - 1) | st.integers(0, min(1500, len(content) - 1))
+    for place, value in data.draw(st.lists(st.tuples(places, st.binary(min_size=1, max_size=4)), max_size=8)):
+        content[place : place + len(value)] = value
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        read_or_refuse(path)
+
+
+def test_a_codec_that_is_not_known_is_refused(tmp_path, contents):
+    path = tmp_path / "a.mkv"
+    path.write_bytes(contents["d.mkv"].replace(b"V_MPEG4/ISO/AVC", b"V_MPEG5/ISO/AVC"))
+    with pytest.raises(ValueError, match=r"a\.mkv has a video stream in a format that FFmpeg cannot decode"):
+        read_video(path)
+
+
+def test_an_image_with_the_name_of_a_video_is_a_video_of_one_frame(tmp_path):
+    Image.fromarray(number_image(5)).save(tmp_path / "a.png")
+    frames, metadata = read_video((tmp_path / "a.png").rename(tmp_path / "a.mp4"))
+    assert read_numbers(frames) == [5] and metadata.total_num_frames == 1
+
+
+def test_a_wrong_extension_does_not_matter(tmp_path, contents):
+    for name, content in contents.items():
+        (tmp_path / "a.mp3").write_bytes(content)
+        assert read_numbers(read_video(tmp_path / "a.mp3", last)[0]) == [0, 19], name
+
+
+def test_times_before_zero(tmp_path):
+    path = write_clip(tmp_path / "a.mkv", 20, codec="libx264", first_pts=-40, avoid_negative_ts="disabled")
+    frames, metadata = read_video(path, every(6))
+    assert read_numbers(frames) == metadata.frames_indices
+    assert metadata.timestamps == [index / 4 for index in metadata.frames_indices]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_files_and_threads_are_given_back(tmp_path, contents):
+    folders = [Path("/proc/self/fd"), Path("/proc/self/task")]
+    gc.disable()
+    try:
+        before = None
+        for _ in range(3):
+            for name, content in contents.items():
+                for share in (1, 0.99, 0.7):
+                    (tmp_path / name).write_bytes(content[: int(share * len(content))])
+                    read_or_refuse(tmp_path / name)
+            (tmp_path / "bad.mp4").write_bytes(b"hello" * 500)
+            for path in (tmp_path / "bad.mp4", write_audio(tmp_path / "sound.mp4")):
+                with pytest.raises(ValueError):
+                    read_video(path)
+            before = before or [len(list(folder.iterdir())) for folder in folders]
+        assert [len(list(folder.iterdir())) for folder in folders] == before
+    finally:
+        gc.enable()
 
 
 def test_paths_as_strings():
