@@ -73,7 +73,7 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
 
         Args:
             videos:
-                A video (`str` or `os.PathLike`: path or http(s) address; or frames as an array of shape
+                A video (`str` or `os.PathLike`: file, folder of images or http(s) address; or an array of shape
                 `(num_frames, num_channels, height, width)` or `(num_frames, height, width, num_channels)` or as a list
                 of images), a list of videos, or chats as for `text`.
             text (`str`, `list[str]`, `list[dict]` or `list[list[dict]]`, *optional*):

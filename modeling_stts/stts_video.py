@@ -1,8 +1,10 @@
 """Reads the sampled frames of a video file with PyAV. Knows no video language model."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from io import BytesIO
 from typing import Any
 
@@ -21,6 +23,7 @@ from .stts_decoding import (
 )
 
 
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Twice an 8K frame. A few bytes of a crafted file can hold a frame that fills the memory.
 MAX_PIXELS = 2**26
 
@@ -59,8 +62,11 @@ def read_video(
     of frames. Rotated recordings (phones) are turned upright, and pixels are made square. All frames get the size of
     the first sampled one.
 
+    The images of a folder are the frames of a video in the order of their names, numbers in names counted as numbers.
+    Their rate is not known.
+
     Args:
-        path (`str` or `os.PathLike`): a local file, or an http(s) address.
+        path (`str` or `os.PathLike`): a local file, an http(s) address, or a folder of images.
         sample_indices_fn (`Callable`, *optional*):
             Called as `sample_indices_fn(metadata=metadata)`, returns ascending, unique frame indices in
             `[0, metadata.total_num_frames)`. All frames if not given.
@@ -72,23 +78,22 @@ def read_video(
 
     Raises:
         ValueError:
-            if the path is not a file with a video stream whose sampled frames can all be decoded, or the sampling
-            function refuses it.
+            if the path is not a folder of images or a file with a video stream whose sampled frames can all be
+            decoded, or the sampling function refuses it.
         ImportError: if PyAV is not installed.
     """
     path = os.fspath(path)
+    if os.path.isdir(path):
+        return _read_folder(path, sample_indices_fn)
     source = _find_source(path)
     with _open_stream(path, source) as stream:
         packets = read_packets(stream)
         _check_packets(path, stream, packets)
-        metadata = _metadata(stream, len(packets.shown))
-        metadata.keyframes = np.flatnonzero(packets.is_keyframe[packets.shown])
-        if packets.are_ordered:
-            metadata.frame_times = _frame_times(stream, packets.pts[packets.shown])
+        metadata = _metadata(stream, packets)
         indices = _sample(path, metadata, sample_indices_fn)
         if packets.are_ordered and stream.codec_context.codec.canonical_name in ONE_FRAME_A_PACKET:
             try:
-                return _stack(path, stream, SeekingDecoder(stream, packets).read(indices), metadata), metadata
+                return _stack(path, SeekingDecoder(stream, packets).read(indices), metadata, stream), metadata
             except (UnexpectedFrameError, import_av().error.FFmpegError):
                 # Decoding in order gives the frames all the same, or says what is wrong with the file.
                 pass
@@ -108,10 +113,8 @@ def _find_source(path: str) -> str | bytes:
     """An absolute path (a relative one with a colon would be read as an address), or what was downloaded."""
     if path.startswith(("http://", "https://")):
         return _download(path)
-    if os.path.isdir(path):
-        raise ValueError(f"{path} is a directory; a video must be a file or an http(s) address.")
     if not os.path.exists(path):
-        raise ValueError(f"{path} does not exist; a video must be a file or an http(s) address.")
+        raise ValueError(f"{path} does not exist; a video must be a file, a folder of images or an http(s) address.")
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         raise ValueError(f"{path} is empty (0 bytes), so it is not a video.")
     return os.path.abspath(path)
@@ -153,8 +156,8 @@ def _video_stream(path: str, container: Any) -> Any:
 
 def _check_packets(path: str, stream: Any, packets: Packets) -> None:
     num_frames = len(packets.shown)
-    if num_frames == 0 and not stream.frames and packets.error is None:
-        raise ValueError(f"{path} has a video stream without frames.")
+    if num_frames == 0 and not stream.frames:
+        raise ValueError(f"{path} has a video stream without frames.") from packets.error
     if num_frames == 0 or _expected_num_frames(stream, num_frames) - num_frames > _tolerance(stream.frames):
         raise _too_short(path, stream.frames, num_frames, packets.error)
 
@@ -185,9 +188,10 @@ def _too_short(path: str, expected: int, num_decoded: int, error: Exception | No
     )
 
 
-def _metadata(stream: Any, num_frames: int) -> TimedVideoMetadata:
+def _metadata(stream: Any, packets: Packets) -> TimedVideoMetadata:
+    num_frames = len(packets.shown)
     fps = float(stream.average_rate) if stream.average_rate else None
-    return TimedVideoMetadata(
+    metadata = TimedVideoMetadata(
         total_num_frames=num_frames,
         fps=fps,
         duration=num_frames / fps if fps else None,
@@ -195,6 +199,10 @@ def _metadata(stream: Any, num_frames: int) -> TimedVideoMetadata:
         height=stream.height,
         video_backend="pyav",
     )
+    metadata.keyframes = np.flatnonzero(packets.is_keyframe[packets.shown])
+    if packets.are_ordered:
+        metadata.frame_times = _frame_times(stream, packets.pts[packets.shown])
+    return metadata
 
 
 def _frame_times(stream: Any, pts: np.ndarray) -> list[float]:
@@ -244,7 +252,7 @@ def _decode_in_order(
     path: str, decoder: InOrderDecoder, metadata: TimedVideoMetadata, sample_indices_fn: Callable | None
 ) -> np.ndarray:
     indices = _sample(path, metadata, sample_indices_fn)
-    frames = _stack(path, decoder.stream, decoder.read(indices), metadata)
+    frames = _stack(path, decoder.read(indices), metadata, decoder.stream)
     are_known = decoder.times and None not in decoder.times
     metadata.frame_times = _frame_times(decoder.stream, np.array(decoder.times)) if are_known else ()
     return frames
@@ -258,12 +266,33 @@ def _check_end(path: str, stream: Any, decoder: InOrderDecoder, num_expected: in
         raise _too_short(path, num_expected, len(decoder.times), decoder.error) from decoder.error
 
 
-def _stack(path: str, stream: Any, frames: Iterator[Any], metadata: TimedVideoMetadata) -> np.ndarray:
+def _read_folder(path: str, sample_indices_fn: Callable | None) -> tuple[np.ndarray, TimedVideoMetadata]:
+    images = sorted((name for name in os.listdir(path) if name.lower().endswith(IMAGE_SUFFIXES)), key=_natural_order)
+    if not images:
+        raise ValueError(f"{path} is a directory without images ({', '.join(IMAGE_SUFFIXES)}), so it is not a video.")
+    metadata = TimedVideoMetadata(total_num_frames=len(images), video_backend="pyav")
+    indices = _sample(path, metadata, sample_indices_fn)
+    return _stack(path, (_read_image(os.path.join(path, images[index])) for index in indices), metadata), metadata
+
+
+def _natural_order(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts "2.png" before "10.png"."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def _read_image(path: str) -> Any:
+    with _open_stream(path, _find_source(path)) as stream:
+        for frame in stream.container.decode(stream):
+            return frame
+    raise ValueError(f"{path} has no image that can be decoded.")
+
+
+def _stack(path: str, frames: Iterator[Any], metadata: TimedVideoMetadata, stream: Any = None) -> np.ndarray:
     stacked = np.empty((len(metadata.frames_indices), 0, 0, 3), dtype=np.uint8)
     for slot, frame in enumerate(frames):
         if slot == 0:
             # The size may change within a stream; all frames get the first one's.
-            size = _shown_size(path, stream, frame)
+            size = _shown_size(path, frame, stream.sample_aspect_ratio if stream else None)
         image = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
         image = np.rot90(image, round(frame.rotation / 90))
         if slot == 0:
@@ -273,9 +302,9 @@ def _stack(path: str, stream: Any, frames: Iterator[Any], metadata: TimedVideoMe
     return stacked
 
 
-def _shown_size(path: str, stream: Any, frame: Any) -> tuple[int, int]:
+def _shown_size(path: str, frame: Any, pixel_ratio: Fraction | None) -> tuple[int, int]:
     """Width and height of a frame with square pixels, before it is turned upright."""
-    width, height = round(frame.width * (stream.sample_aspect_ratio or 1)), frame.height
+    width, height = round(frame.width * (pixel_ratio or 1)), frame.height
     if not 0 < width * height <= MAX_PIXELS:
         raise ValueError(f"{path} has frames of {width} x {height} pixels; at most {MAX_PIXELS} pixels are read.")
     return width, height

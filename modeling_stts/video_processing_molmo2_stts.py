@@ -27,7 +27,8 @@ class Molmo2SttsVideoProcessorKwargs(Molmo2VideoProcessorKwargs, total=False):
 class Molmo2SttsVideoProcessor(Molmo2VideoProcessor):
     r"""
     Differences from `Molmo2VideoProcessor`:
-    - Files (`str` or `os.PathLike`) and http(s) addresses are decoded with PyAV; torchcodec is not needed.
+    - Files, folders of images (`str` or `os.PathLike`) and http(s) addresses are decoded with PyAV; torchcodec is not
+      needed. A folder's rate is taken to be `fps` or `max_fps`, as natively where it is not known.
     - `fps` of a call replaces the saved `num_frames` and the other way round; natively that is an error, so that `fps`
       can never be given in a call.
     - `sample_frames` never returns an index past the end; natively it does for some numbers, such as 7 frames of 17.
@@ -65,7 +66,7 @@ class Molmo2SttsVideoProcessor(Molmo2VideoProcessor):
 
         Args:
             videos:
-                One video or a list: paths or http(s) addresses, or frames as arrays of shape
+                One video or a list: paths of files or folders, or http(s) addresses; or frames as arrays of shape
                 `(num_frames, num_channels, height, width)` or `(num_frames, height, width, num_channels)` or as lists
                 of images.
             kwargs: as for `Molmo2VideoProcessor`, which replace the saved settings for this call.

@@ -233,10 +233,28 @@ def test_damaged_frames_are_refused(tmp_path):
 
 
 def test_a_directory_or_missing_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path} is a directory"):
+    with pytest.raises(ValueError, match=f"{tmp_path} is a directory without images"):
         read_video(tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path}/nothing.mp4 does not exist"):
         read_video(tmp_path / "nothing.mp4")
+
+
+@pytest.mark.parametrize("suffix", ["png", "JPG", "webp", "bmp"])
+def test_a_folder_of_images_is_a_video(tmp_path, suffix):
+    for number in range(12):
+        Image.fromarray(number_image(number)).save(tmp_path / f"frame{number}.{suffix}")
+    (tmp_path / "notes.txt").write_text("not a frame")
+    frames, metadata = read_video(tmp_path, every(5))
+    assert read_numbers(frames) == metadata.frames_indices == [0, 5, 10]
+    assert (metadata.total_num_frames, metadata.fps, metadata.width, metadata.height) == (12, None, 64, 64)
+
+
+def test_a_broken_image_of_a_folder_is_named(tmp_path):
+    Image.fromarray(number_image(1)).save(tmp_path / "1.png")
+    for content, message in [(b"", "is empty"), (b"no image" * 99, "is not a video that FFmpeg can read")]:
+        (tmp_path / "2.png").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"2\.png {message}"):
+            read_video(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,12 @@ def test_frames_as_arrays(as_video):
     assert sampled(make(), [videos[1:]], do_sample_frames=False)[1] == [[0, 1, 2, 3, 4]]
 
 
+def test_a_folder_of_images(tmp_path):
+    for number in range(24):
+        Image.fromarray(number_image(number)).save(tmp_path / f"{number}.png")
+    assert sampled(make(max_fps=4), tmp_path, num_frames=4)[1] == [[0, 6, 12, 18]]
+
+
 def test_a_file_and_its_frames_give_the_same(path):
     expected = make()(frames(24), video_metadata=[{"total_num_frames": 24, "fps": 4.0}], return_tensors="pt")
     actual = make()(path, return_tensors="pt")
