@@ -34,8 +34,8 @@ class TimedVideoMetadata(VideoMetadata):
     - `timestamps` are presentation times; natively they are `frames_indices / fps` whatever the file says.
 
     frame_times (`Sequence[float]`):
-        When each frame is presented, in seconds after the first one; up to the last sampled frame at least. Empty
-        where the file does not say.
+        When each frame is presented, in seconds after the first one, ascending; up to the last sampled frame at
+        least. Empty where the file does not say.
     keyframes (`Sequence[int]`): ascending indices of the frames that can be decoded without others.
     """
 
@@ -253,8 +253,9 @@ def _decode_in_order(
 ) -> np.ndarray:
     indices = _sample(path, metadata, sample_indices_fn)
     frames = _stack(path, decoder.read(indices), metadata, decoder.stream)
-    are_known = decoder.times and None not in decoder.times
-    metadata.frame_times = _frame_times(decoder.stream, np.array(decoder.times)) if are_known else ()
+    # Joined recordings begin again at an earlier time.
+    are_ascending = None not in decoder.times and sorted(set(decoder.times)) == decoder.times != []
+    metadata.frame_times = _frame_times(decoder.stream, np.array(decoder.times)) if are_ascending else ()
     return frames
 
 

@@ -166,8 +166,9 @@ def test_a_size_that_changes_midway(tmp_path):
     for side in (64, 96):
         write_clip(tmp_path / f"{side}.ts", 8, codec="mpeg2video", fps=25, encoder={"side": side})
     (tmp_path / "a.ts").write_bytes((tmp_path / "64.ts").read_bytes() + (tmp_path / "96.ts").read_bytes())
-    frames, _ = read_video(tmp_path / "a.ts")
+    frames, metadata = read_video(tmp_path / "a.ts")
     assert frames.shape[1:] == (64, 64, 3)
+    assert metadata.timestamps == [index / 25 for index in range(len(frames))]  # the file's begin again
     numbers = read_numbers(frames)
     assert (numbers[:7], numbers[-8:]) == (list(range(7)), list(range(8)))
 
