@@ -23,7 +23,7 @@ STOCK_PARAMETERS = (
     "continue_final_message",
     "skip_special_tokens",
 )
-SAMPLING_PARAMETERS = ("num_frames", "fps", "max_fps")
+SAMPLING_PARAMETERS = ("num_frames", "fps", "max_fps", "start", "end", "only_keyframes")
 PARAMETERS = (*STOCK_PARAMETERS, *SAMPLING_PARAMETERS, "prune_ratio", "processor_kwargs", "num_workers")
 # Settings of `generate` that may be given without `generate_kwargs`.
 GENERATION_PARAMETERS = frozenset(vars(GenerationConfig())) - {"max_new_tokens"}
@@ -52,8 +52,8 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
     - The first argument is the video. A video with plain text is put into the processor's chat template if it has one.
     - `batch_size` items of a list go through one call of the processor, padded on the left, and one of the model:
       samples that were processed one by one cannot be collated.
-    - `num_frames`, `fps`, `max_fps`, `prune_ratio` and generation settings such as `do_sample` can be given directly;
-      names that nobody knows are refused.
+    - `prune_ratio`, the sampling of frames (`SAMPLING_PARAMETERS`) and generation settings such as `do_sample` can be
+      given directly; names that nobody knows are refused.
     - Only new text is returned where the question is plain text; chats come back with the answer, as they do natively.
     - `save_pretrained` saves the processor too.
 
@@ -73,9 +73,9 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
 
         Args:
             videos:
-                A video (`str` or `os.PathLike`: path or http(s) address; or frames as an array of shape
-                `(num_frames, num_channels, height, width)` or `(num_frames, height, width, num_channels)` or as a list
-                of images), a list of videos, or chats as for `text`.
+                A video (`str` or `os.PathLike`: file, folder of images or http(s) address; or frames as an array of
+                shape `(num_frames, num_channels, height, width)` or `(num_frames, height, width, num_channels)` or as
+                a list of images), a list of videos, or chats as for `text`.
             text (`str`, `list[str]`, `list[dict]` or `list[list[dict]]`, *optional*):
                 The question for all videos or one for each; or, without `videos`, a chat or a list of chats.
             batch_size (`int`, *optional*): how many items of a list run at once; 1 if not given.
@@ -86,6 +86,9 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
             num_frames (`int`, *optional*): how many frames to sample. The processor's own number if not given.
             fps (`int` or `float`, *optional*): how many frames a second to sample, instead of `num_frames`.
             max_fps (`int` or `float`, *optional*): at most so many frames a second, with `num_frames`.
+            start (`int` or `float`, *optional*): frames are sampled from so many seconds after the first one.
+            end (`int` or `float`, *optional*): frames are sampled before so many seconds after the first one.
+            only_keyframes (`bool`, *optional*): whether only keyframes of files are sampled.
             processor_kwargs (`dict`, *optional*): other arguments of the processor.
             return_full_text (`bool`, *optional*):
                 Whether `generated_text` begins with what was asked. By default it does for chats only.
@@ -148,7 +151,7 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
                 Whether chats end in an answer to go on with. By default they do if the last message is the
                 assistant's.
             processor_kwargs (`dict`, *optional*): arguments of the processor.
-            sampling: `num_frames`, `fps`, `max_fps`.
+            sampling: those of `SAMPLING_PARAMETERS`.
 
         Returns:
             `BatchFeature`: what the processor returns for the batch, padded on the left, and `text`, the prompts.

@@ -20,6 +20,8 @@ class Molmo2SttsProcessor(Molmo2Processor):
     - Batches are padded, and on the left, as generation needs it, whatever the tokenizer's setting; a call's `padding`
       and `padding_side` replace that.
     - Videos may be path objects.
+    - Each frame's time in the prompt is when the file presents it, in seconds after the first frame; natively it is
+      the frame's number divided by the average rate.
     - Lists of videos for each prompt are compared with that prompt's placeholders; natively only the sums are, and
       those not before transformers 5.23.
     """
@@ -40,7 +42,7 @@ class Molmo2SttsProcessor(Molmo2Processor):
             images: as for `Molmo2Processor`.
             text (`str` or `list[str]`, *optional*): prompts, with at most one video placeholder each.
             videos: as for `Molmo2SttsVideoProcessor`, in the order of the placeholders; or one list for each prompt.
-            kwargs: as for `Molmo2Processor`, such as `num_frames`, `fps` and `max_fps` (frames per second).
+            kwargs: as for `Molmo2Processor` and `Molmo2SttsVideoProcessor`, such as `num_frames` and `start`.
 
         Returns:
             `BatchFeature`: with `input_ids`, `attention_mask` and `mm_token_type_ids` of shape
@@ -56,6 +58,22 @@ class Molmo2SttsProcessor(Molmo2Processor):
         text_kwargs = {name: value for name, value in padding.items() if name not in kwargs}
         text_kwargs.update(kwargs.pop("text_kwargs", {}))
         return super().__call__(images=images, text=text, videos=videos, text_kwargs=text_kwargs, **kwargs)
+
+    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
+        """
+        Makes the text that stands for one video.
+
+        Args:
+            video_inputs (`dict`): what the video processor returned, with `video_grids` and `video_metadata`.
+            video_idx (`int`): which of its videos.
+
+        Returns:
+            `str`: each frame's time and tokens.
+        """
+        metadata = video_inputs["video_metadata"][video_idx]
+        if metadata.fps is None or metadata.frames_indices is None:
+            return super().replace_video_token(video_inputs, video_idx, **kwargs)
+        return self.get_video_string(video_inputs["video_grids"][video_idx], metadata.timestamps)
 
     def _check_video_counts(self, text: list[str], videos: Any) -> None:
         num_placeholders = [prompt.count(self.video_token) for prompt in text]

@@ -1,79 +1,103 @@
 """Reads the sampled frames of a video file with PyAV. Knows no video language model."""
 
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from io import BytesIO
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from huggingface_hub.utils import httpx
 from transformers.video_utils import VideoMetadata
 
+from .stts_decoding import (
+    ONE_FRAME_A_PACKET,
+    InOrderDecoder,
+    Packets,
+    SeekingDecoder,
+    UnexpectedFrameError,
+    import_av,
+    read_packets,
+)
 
-class FrameCount(NamedTuple):
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Twice an 8K frame. A few bytes of a crafted file can hold a frame that fills the memory.
+MAX_PIXELS = 2**26
+
+
+class TimedVideoMetadata(VideoMetadata):
     """
-    How many frames a file is expected to have.
+    Differences from `VideoMetadata`:
+    - `timestamps` are presentation times; natively they are `frames_indices / fps` whatever the file says.
 
-    num_frames (`int`).
-    is_declared (`bool`): whether the container's header says so; else packets were counted.
+    frame_times (`Sequence[float]`):
+        When each frame is presented, in seconds after the first one, ascending; up to the last sampled frame at
+        least. Empty where the file does not say.
+    keyframes (`Sequence[int]`): ascending indices of the frames that can be decoded without others.
     """
 
-    num_frames: int
-    is_declared: bool
+    # No fields, so that a dictionary of the metadata is still one that the native classes take.
+    frame_times: Sequence[float] = ()
+    keyframes: Sequence[int] = ()
 
-
-class SampledVideo(NamedTuple):
-    """
-    frames (`np.ndarray` of shape `(num_frames, height, width, 3)`, uint8): RGB; those past the end are undefined.
-    metadata (`VideoMetadata`): of the file, with the sampled `frames_indices`.
-    num_decoded (`int`): frames decoded, up to the last sampled one or the end.
-    is_complete (`bool`): whether all sampled frames were decoded.
-    error (`Exception`, *optional*): what ended the decoding too early.
-    """
-
-    frames: np.ndarray
-    metadata: VideoMetadata
-    num_decoded: int
-    is_complete: bool
-    error: Exception | None
+    @property
+    def timestamps(self) -> list[float]:
+        """Timestamps of the sampled frames in seconds after the first frame of the file."""
+        if not self.frame_times:
+            return super().timestamps
+        return [self.frame_times[index] for index in self.frames_indices]
 
 
 def read_video(
     path: str | os.PathLike, sample_indices_fn: Callable[..., Any] | None = None
-) -> tuple[np.ndarray, VideoMetadata]:
+) -> tuple[np.ndarray, TimedVideoMetadata]:
     """
-    Decodes a file once, in order, and keeps the sampled frames only.
+    Reads the packets of a file once, then decodes the sampled frames from the keyframes before them.
 
-    A file that ends at most `max(2, 2 %)` frames before its header says so is sampled again from its real number of
-    frames. Rotated recordings (phones) are turned upright.
+    Frames count in order of presentation. Where frames cannot be found by the packets' times, the file is decoded from
+    its start. A file that ends at most `max(2, 2 %)` frames before its header says so is sampled from its real number
+    of frames. Rotated recordings (phones) are turned upright, and pixels are made square. All frames get the size of
+    the first sampled one.
+
+    The images of a folder are the frames of a video in the order of their names, numbers in names counted as numbers.
+    Their rate is not known.
 
     Args:
-        path (`str` or `os.PathLike`): a local file, or an http(s) address.
+        path (`str` or `os.PathLike`): a local file, an http(s) address, or a folder of images.
         sample_indices_fn (`Callable`, *optional*):
             Called as `sample_indices_fn(metadata=metadata)`, returns ascending, unique frame indices in
             `[0, metadata.total_num_frames)`. All frames if not given.
 
     Returns:
         `tuple`: frames, `np.ndarray` of shape `(num_frames, height, width, 3)`, uint8, RGB; and their
-        `VideoMetadata`: `fps` is the average rate in frames per second, `duration` in seconds, `width` and `height`
-        in pixels, `frames_indices` as sampled.
+        `TimedVideoMetadata`: `fps` is the average rate in frames per second, `duration` in seconds, `width` and
+        `height` in pixels, `frames_indices` as sampled, `timestamps` in seconds after the file's first frame.
 
     Raises:
-        ValueError: if the path is not a file with a video stream whose sampled frames can all be decoded.
+        ValueError:
+            if the path is not a folder of images or a file with a video stream whose sampled frames can all be
+            decoded, or the sampling function refuses it.
         ImportError: if PyAV is not installed.
     """
     path = os.fspath(path)
+    if os.path.isdir(path):
+        return _read_folder(path, sample_indices_fn)
     source = _find_source(path)
-    expected = _count_frames(path, source)
-    video = _sample(path, source, expected.num_frames, sample_indices_fn)
-    if not video.is_complete:
-        _check_end(path, expected, video)
-        video = _sample(path, source, video.num_decoded, sample_indices_fn)
-    if not video.is_complete:
-        raise ValueError(f"Frame {video.num_decoded} of {path} cannot be decoded: {video.error}") from video.error
-    return video.frames, video.metadata
+    with _open_stream(path, source) as stream:
+        packets = read_packets(stream)
+        _check_packets(path, stream, packets)
+        metadata = _metadata(stream, packets)
+        indices = _sample(path, metadata, sample_indices_fn)
+        if packets.are_ordered and stream.codec_context.codec.canonical_name in ONE_FRAME_A_PACKET:
+            try:
+                return _stack(path, SeekingDecoder(stream, packets).read(indices), metadata, stream), metadata
+            except (UnexpectedFrameError, import_av().error.FFmpegError):
+                # Decoding in order gives the frames all the same, or says what is wrong with the file.
+                pass
+    return _read_in_order(path, source, metadata, sample_indices_fn)
 
 
 def paths_as_strings(videos: Any) -> Any:
@@ -89,10 +113,8 @@ def _find_source(path: str) -> str | bytes:
     """An absolute path (a relative one with a colon would be read as an address), or what was downloaded."""
     if path.startswith(("http://", "https://")):
         return _download(path)
-    if os.path.isdir(path):
-        raise ValueError(f"{path} is a directory; a video must be a file or an http(s) address.")
     if not os.path.exists(path):
-        raise ValueError(f"{path} does not exist; a video must be a file or an http(s) address.")
+        raise ValueError(f"{path} does not exist; a video must be a file, a folder of images or an http(s) address.")
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         raise ValueError(f"{path} is empty (0 bytes), so it is not a video.")
     return os.path.abspath(path)
@@ -108,18 +130,9 @@ def _download(url: str) -> bytes:
     return content
 
 
-def _import_av() -> ModuleType:
-    # In a `try`, or loading a hub folder would need PyAV even where no video is decoded.
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError("Decoding a video file needs PyAV: pip install av") from error
-    return av
-
-
 @contextmanager
 def _open_stream(path: str, source: str | bytes) -> Iterator[Any]:
-    av = _import_av()
+    av = import_av()
     try:
         with av.open(BytesIO(source) if isinstance(source, bytes) else source, metadata_errors="replace") as container:
             yield _video_stream(path, container)
@@ -131,23 +144,29 @@ def _video_stream(path: str, container: Any) -> Any:
     # FFmpeg draws plain text files as if they were terminal animations.
     if container.format.name == "tty":
         raise ValueError(f"{path} is a text file, not a video.")
-    cover_image = _import_av().stream.Disposition.attached_pic
+    cover_image = import_av().stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover_image]
     if not streams:
         raise ValueError(f"{path} has no video stream (streams: {[stream.type for stream in container.streams]}).")
+    if streams[0].codec_context is None:
+        raise ValueError(f"{path} has a video stream in a format that FFmpeg cannot decode.")
     streams[0].thread_type = "AUTO"
     return streams[0]
 
 
-def _count_frames(path: str, source: str | bytes) -> FrameCount:
-    with _open_stream(path, source) as stream:
-        if stream.frames and not _is_trimmed(stream):
-            return FrameCount(stream.frames, is_declared=True)
-        packets = stream.container.demux(stream)
-        num_frames = sum(packet.size > 0 and not packet.is_discard for packet in packets)
-    if num_frames == 0:
-        raise ValueError(f"{path} has a video stream without frames.")
-    return FrameCount(num_frames, is_declared=False)
+def _check_packets(path: str, stream: Any, packets: Packets) -> None:
+    num_frames = len(packets.shown)
+    if num_frames == 0 and not stream.frames:
+        raise ValueError(f"{path} has a video stream without frames.") from packets.error
+    if num_frames == 0 or _expected_num_frames(stream, num_frames) - num_frames > _tolerance(stream.frames):
+        raise _too_short(path, stream.frames, num_frames, packets.error)
+
+
+def _expected_num_frames(stream: Any, num_packets: int) -> int:
+    """As many as the header says, unless an edit list hides some of them; else one a packet."""
+    if not stream.frames or _is_trimmed(stream):
+        return num_packets
+    return stream.frames
 
 
 def _is_trimmed(stream: Any) -> bool:
@@ -162,19 +181,17 @@ def _tolerance(num_frames: int) -> float:
     return max(2, 0.02 * num_frames)
 
 
-def _sample(path: str, source: str | bytes, num_frames: int, sample_indices_fn: Callable | None) -> SampledVideo:
-    with _open_stream(path, source) as stream:
-        metadata = _metadata(stream, num_frames)
-        indices = list(range(num_frames)) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
-        video = _decode(stream, [int(index) for index in indices], metadata)
-    metadata.frames_indices = indices
-    metadata.height, metadata.width = video.frames.shape[1:3]
-    return video
+def _too_short(path: str, expected: int, num_decoded: int, error: Exception | None) -> ValueError:
+    return ValueError(
+        f"{path} should have {expected} frames, but only {num_decoded} can be decoded "
+        f"(truncated or damaged?): {error or 'the file ends there'}."
+    )
 
 
-def _metadata(stream: Any, num_frames: int) -> VideoMetadata:
+def _metadata(stream: Any, packets: Packets) -> TimedVideoMetadata:
+    num_frames = len(packets.shown)
     fps = float(stream.average_rate) if stream.average_rate else None
-    return VideoMetadata(
+    metadata = TimedVideoMetadata(
         total_num_frames=num_frames,
         fps=fps,
         duration=num_frames / fps if fps else None,
@@ -182,42 +199,116 @@ def _metadata(stream: Any, num_frames: int) -> VideoMetadata:
         height=stream.height,
         video_backend="pyav",
     )
+    metadata.keyframes = np.flatnonzero(packets.is_keyframe[packets.shown])
+    if packets.are_ordered:
+        metadata.frame_times = _frame_times(stream, packets.pts[packets.shown])
+    return metadata
 
 
-def _decode(stream: Any, indices: list[int], metadata: VideoMetadata) -> SampledVideo:
-    slots = {index: slot for slot, index in enumerate(indices)}
-    frames = np.empty((len(indices), 0, 0, 3), dtype=np.uint8)
-    num_decoded, error = 0, None
-    try:
-        for index, frame in enumerate(stream.container.decode(stream)):
-            num_decoded = index + 1
-            if index in slots:
-                image = _upright_rgb(frame, metadata)
-                if slots[index] == 0:
-                    frames = np.empty((len(indices), *image.shape), dtype=np.uint8)
-                frames[slots[index]] = image
-            if index == indices[-1]:
-                break
-    except _import_av().error.FFmpegError as decode_error:
-        error = decode_error
-    return SampledVideo(frames, metadata, num_decoded, num_decoded > indices[-1], error)
+def _frame_times(stream: Any, pts: np.ndarray) -> list[float]:
+    """Seconds after the first frame, from ascending presentation times in units of the stream's time base."""
+    base = stream.time_base
+    times = (pts - pts[0]) * base.numerator / base.denominator
+    if stream.average_rate:
+        constant = np.arange(len(times)) / float(stream.average_rate)
+        # Some containers round times, such as Matroska to milliseconds.
+        if np.abs(times - constant).max() <= base:
+            return constant.tolist()
+    return times.tolist()
 
 
-def _upright_rgb(frame: Any, metadata: VideoMetadata) -> np.ndarray:
-    # The size may change within a stream; all frames get the first one's.
-    image = frame.to_ndarray(format="rgb24", width=metadata.width, height=metadata.height)
-    return np.rot90(image, round(frame.rotation / 90))
+def _sample(path: str, metadata: TimedVideoMetadata, sample_indices_fn: Callable | None) -> list[int]:
+    indices = list(range(metadata.total_num_frames))
+    if sample_indices_fn is not None:
+        try:
+            indices = sample_indices_fn(metadata=metadata)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    metadata.frames_indices = indices
+    return [int(index) for index in metadata.frames_indices]
 
 
-def _check_end(path: str, expected: FrameCount, video: SampledVideo) -> None:
-    """Raises for a file that ends too early. Counted packets need not all hold a frame, so there any end is fine."""
-    missing = expected.num_frames - video.num_decoded
-    is_broken = expected.is_declared or video.error is not None
-    if video.num_decoded == 0 or (is_broken and missing > _tolerance(expected.num_frames)):
-        raise ValueError(
-            f"{path} should have {expected.num_frames} frames, but only {video.num_decoded} can be decoded "
-            f"(truncated or damaged?): {video.error or 'the file ends there'}."
-        ) from video.error
+def _read_in_order(
+    path: str, source: str | bytes, metadata: TimedVideoMetadata, sample_indices_fn: Callable | None
+) -> tuple[np.ndarray, TimedVideoMetadata]:
+    with _open_stream(path, source) as stream:
+        decoder = InOrderDecoder(stream)
+        frames = _decode_in_order(path, decoder, metadata, sample_indices_fn)
+        if not decoder.is_complete:
+            _check_end(path, stream, decoder, metadata.total_num_frames)
+    if not decoder.is_complete:
+        metadata.total_num_frames = len(decoder.times)
+        metadata.duration = metadata.total_num_frames / metadata.fps if metadata.fps else None
+        with _open_stream(path, source) as stream:
+            decoder = InOrderDecoder(stream)
+            frames = _decode_in_order(path, decoder, metadata, sample_indices_fn)
+    if not decoder.is_complete:
+        message = f"Frame {len(decoder.times)} of {path} cannot be decoded: {decoder.error}"
+        raise ValueError(message) from decoder.error
+    return frames, metadata
 
 
-__all__ = ["paths_as_strings", "read_video"]
+def _decode_in_order(
+    path: str, decoder: InOrderDecoder, metadata: TimedVideoMetadata, sample_indices_fn: Callable | None
+) -> np.ndarray:
+    indices = _sample(path, metadata, sample_indices_fn)
+    frames = _stack(path, decoder.read(indices), metadata, decoder.stream)
+    # Joined recordings begin again at an earlier time.
+    are_ascending = None not in decoder.times and sorted(set(decoder.times)) == decoder.times != []
+    metadata.frame_times = _frame_times(decoder.stream, np.array(decoder.times)) if are_ascending else ()
+    return frames
+
+
+def _check_end(path: str, stream: Any, decoder: InOrderDecoder, num_expected: int) -> None:
+    """Raises for a stream that ends too early. Packets that were only counted need not all hold a frame."""
+    missing = num_expected - len(decoder.times)
+    is_broken = stream.frames or decoder.error is not None
+    if not decoder.times or (is_broken and missing > _tolerance(num_expected)):
+        raise _too_short(path, num_expected, len(decoder.times), decoder.error) from decoder.error
+
+
+def _read_folder(path: str, sample_indices_fn: Callable | None) -> tuple[np.ndarray, TimedVideoMetadata]:
+    images = sorted((name for name in os.listdir(path) if name.lower().endswith(IMAGE_SUFFIXES)), key=_natural_order)
+    if not images:
+        raise ValueError(f"{path} is a directory without images ({', '.join(IMAGE_SUFFIXES)}), so it is not a video.")
+    metadata = TimedVideoMetadata(total_num_frames=len(images), video_backend="pyav")
+    indices = _sample(path, metadata, sample_indices_fn)
+    return _stack(path, (_read_image(os.path.join(path, images[index])) for index in indices), metadata), metadata
+
+
+def _natural_order(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts "2.png" before "10.png"."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def _read_image(path: str) -> Any:
+    with _open_stream(path, _find_source(path)) as stream:
+        for frame in stream.container.decode(stream):
+            return frame
+    raise ValueError(f"{path} has no image that can be decoded.")
+
+
+def _stack(path: str, frames: Iterator[Any], metadata: TimedVideoMetadata, stream: Any = None) -> np.ndarray:
+    stacked = np.empty((len(metadata.frames_indices), 0, 0, 3), dtype=np.uint8)
+    for slot, frame in enumerate(frames):
+        if slot == 0:
+            # The size may change within a stream; all frames get the first one's.
+            size = _shown_size(path, frame, stream.sample_aspect_ratio if stream else None)
+        image = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
+        image = np.rot90(image, round(frame.rotation / 90))
+        if slot == 0:
+            stacked = np.empty((len(stacked), *image.shape), dtype=np.uint8)
+        stacked[slot] = image
+    metadata.height, metadata.width = stacked.shape[1:3]
+    return stacked
+
+
+def _shown_size(path: str, frame: Any, pixel_ratio: Fraction | None) -> tuple[int, int]:
+    """Width and height of a frame with square pixels, before it is turned upright."""
+    width, height = round(frame.width * (pixel_ratio or 1)), frame.height
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ValueError(f"{path} has frames of {width} x {height} pixels; at most {MAX_PIXELS} pixels are read.")
+    return width, height
+
+
+__all__ = ["TimedVideoMetadata", "paths_as_strings", "read_video"]

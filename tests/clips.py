@@ -23,19 +23,31 @@ def read_numbers(frames):
     return (bits * 2 ** np.arange(NUM_BITS)).sum(-1).tolist()
 
 
-def write_clip(path, num_frames, fps=4, codec="mpeg4", first_pts=0, rotation=0, **container_options):
-    """A clip of `num_frames` frames, numbered from 0. Returns its path."""
+def write_clip(
+    path, num_frames, fps=4, codec="mpeg4", first_pts=0, rotation=0, times=None, encoder=None, **container_options
+):
+    """
+    A clip of `num_frames` frames, numbered from 0. Returns its path.
+
+    `times` are the frames' places on a clock of `fps` ticks a second, for a variable frame rate; `encoder` holds the
+    encoder's settings, among them `gop_size`, `pix_fmt` and `side`.
+    """
     with av.open(str(path), mode="w", container_options=container_options) as container:
-        stream = container.add_stream(codec, rate=fps)
-        stream.width, stream.height, stream.pix_fmt, stream.gop_size = SIDE, SIDE, "yuv420p", 5
+        stream = add_stream(container, codec, fps, **(encoder or {}))
         if rotation:
             stream.set_display_rotation(rotation)
         for i in range(num_frames):
             frame = av.VideoFrame.from_ndarray(number_image(i), format="rgb24")
-            frame.pts = i + first_pts
+            frame.pts = i + first_pts if times is None else times[i]
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def add_stream(container, codec, fps=4, gop_size=5, pix_fmt="yuv420p", side=SIDE, **codec_options):
+    stream = container.add_stream(codec, rate=fps, options=codec_options)
+    stream.width, stream.height, stream.pix_fmt, stream.gop_size = side, side, pix_fmt, gop_size
+    return stream
 
 
 def silence():

@@ -199,6 +199,9 @@ def test_sampling_is_passed_on(pipe, calls, clips):
     for sampling, num_frames in [({"num_frames": 2}, 2), ({"fps": 1}, 3), ({"max_fps": 1}, 3), ({}, 6)]:
         pipe(clips[1], text="Hi", **sampling, **GREEDY)
         assert calls[-1]["video_grids"][0, 0] == num_frames
+    for sampling, num_frames in [({"start": 1, "end": 2}, 2), ({"only_keyframes": True}, 2)]:
+        pipe(clips[1], text="Hi", **sampling, **GREEDY)
+        assert calls[-1]["video_grids"][0, 0] == num_frames
     with pytest.raises(ValueError, match="got num_frames=2 and fps=1"):
         pipe(clips[1], text="Hi", num_frames=2, fps=1)
 

@@ -12,7 +12,7 @@ from hub_upload.tiny import tiny_config, tiny_processor
 from modeling_stts import Molmo2SttsProcessor, Molmo2SttsVideoProcessor
 
 
-CODE_FILES = {"processing_molmo2_stts.py", "stts_video.py", "video_processing_molmo2_stts.py"}
+CODE_FILES = {"processing_molmo2_stts.py", "stts_decoding.py", "stts_video.py", "video_processing_molmo2_stts.py"}
 FRAME = re.compile(r"(\d+\.\d) <frame_start>((?:<im_patch>)*)<frame_end>")
 PIXELS = ("pixel_values_videos", "video_token_pooling", "video_grids")
 
@@ -69,6 +69,19 @@ def test_timestamps_are_the_times_of_the_sampled_frames(processor, clips, argume
     assert times == [float(f"{index / 4:.1f}") for index in indices]
     assert inputs["video_grids"].tolist() == [[len(indices), 9, 9]]
     assert inputs["pixel_values_videos"].shape == (len(indices), 729, 12)
+
+
+@pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.mp4", "mpeg4")])
+def test_timestamps_of_a_variable_frame_rate(processor, tmp_path, name, codec):
+    clip = write_clip(tmp_path / name, 6, fps=10, codec=codec, times=[5, 6, 7, 30, 50, 51])
+    times = shown_times(processor, encode(processor, question(clip), num_frames=3, max_fps=100)["input_ids"][0])
+    assert times == [0, 0.2, 4.5]
+
+
+def test_timestamps_of_arrays_are_native(processor):
+    video, metadata = np.zeros((4, 54, 54, 3), dtype=np.uint8), [{"total_num_frames": 4, "fps": 2.0}]
+    inputs = processor(text="<|video|>", videos=[video], video_metadata=metadata, return_tensors="pt")
+    assert shown_times(processor, inputs["input_ids"][0]) == [0, 0.5, 1, 1.5]
 
 
 def test_saved_sampling_is_used(clips, tmp_path):

@@ -1,14 +1,22 @@
 import functools
+import gc
 import http.server
 import sys
+import tempfile
 import threading
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from clips import number_image, read_numbers, silence, write_audio, write_clip
+from clips import add_stream, number_image, read_numbers, silence, write_audio, write_clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.video_utils import VideoMetadata
 
+from modeling_stts import stts_video
 from modeling_stts.stts_video import paths_as_strings, read_video
 
 
@@ -55,6 +63,7 @@ def test_exactly_the_asked_frames_come(tmp_path, name, options):
 
 def test_metadata(tmp_path):
     _, metadata = read_video(write_clip(tmp_path / "a.mp4", 10, fps=4), every(5))
+    assert metadata.timestamps == [0, 1.25]
     assert dict(metadata) == {
         "total_num_frames": 10,
         "fps": 4.0,
@@ -64,6 +73,28 @@ def test_metadata(tmp_path):
         "video_backend": "pyav",
         "frames_indices": [0, 5],
     }
+
+
+@pytest.mark.parametrize("name, codec", [("a.mp4", "mpeg4"), ("a.mp4", "libx264"), ("a.mkv", "libx264")])
+def test_timestamps_of_a_constant_rate_are_the_native_ones(tmp_path, name, codec):
+    clip = write_clip(tmp_path / name, 60, fps=Fraction(30000, 1001), codec=codec, first_pts=9)
+    _, metadata = read_video(clip, every(7))
+    assert metadata.timestamps == VideoMetadata(**metadata).timestamps
+
+
+def test_timestamps_of_a_variable_rate_are_those_of_the_file(tmp_path):
+    times = [3, 4, 5, 9, 20, 22, 23, 40]
+    for name, codec in [("a.mp4", "mpeg4"), ("a.mp4", "libx264"), ("a.gif", "gif")]:
+        encoder = {"pix_fmt": "rgb8" if codec == "gif" else "yuv420p"}
+        _, metadata = read_video(write_clip(tmp_path / name, 8, 10, codec, times=times, encoder=encoder), every(3))
+        assert metadata.timestamps == pytest.approx([0, 0.6, 2])
+
+
+def test_frames_that_an_edit_list_hides_have_no_time(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", 30, codec="libx264", first_pts=-12, avoid_negative_ts="disabled")
+    frames, metadata = read_video(path, every(5))
+    assert read_numbers(frames) == [12, 17, 22, 27]
+    assert metadata.timestamps == [0, 1.25, 2.5, 3.75]
 
 
 def test_all_frames_without_sampling(tmp_path):
@@ -103,6 +134,50 @@ def test_size_follows_the_rotation(tmp_path):
     frames, metadata = read_video(tmp_path / "a.mp4")
     assert frames.shape == (1, 64, 32, 3)
     assert (metadata.height, metadata.width) == (64, 32)
+
+
+@pytest.mark.parametrize("ratio, width", [(Fraction(2), 128), (Fraction(12, 11), 70), (Fraction(1, 2), 32)])
+def test_pixels_are_made_square(tmp_path, ratio, width):
+    with av.open(str(tmp_path / "a.mp4"), mode="w") as container:
+        stream = add_stream(container, "libx264")
+        stream.codec_context.sample_aspect_ratio = ratio
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(number_image(37), format="rgb24")))
+        container.mux(stream.encode())
+    frames, metadata = read_video(tmp_path / "a.mp4")
+    assert frames.shape == (1, 64, width, 3) and (metadata.height, metadata.width) == (64, width)
+    assert read_numbers(frames) == [37]
+
+
+@pytest.mark.parametrize(
+    "codec, options", [("libx265", {"x265-params": "log-level=none"}), ("libsvtav1", {"preset": "12"})]
+)
+def test_ten_bits_become_eight(tmp_path, codec, options):
+    levels = np.linspace(0, 255, 16).astype(np.uint8).repeat(4)
+    image = np.broadcast_to(levels[None, :, None], (64, 64, 3)).copy()
+    with av.open(str(tmp_path / "a.mp4"), mode="w") as container:
+        stream = add_stream(container, codec, pix_fmt="yuv420p10le", crf="5", **options)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    frames, _ = read_video(tmp_path / "a.mp4")
+    assert np.abs(frames[0].astype(int) - image).max() <= 6
+
+
+def test_a_size_that_changes_midway(tmp_path):
+    for side in (64, 96):
+        write_clip(tmp_path / f"{side}.ts", 8, codec="mpeg2video", fps=25, encoder={"side": side})
+    (tmp_path / "a.ts").write_bytes((tmp_path / "64.ts").read_bytes() + (tmp_path / "96.ts").read_bytes())
+    frames, metadata = read_video(tmp_path / "a.ts")
+    assert frames.shape[1:] == (64, 64, 3)
+    assert metadata.timestamps == [index / 25 for index in range(len(frames))]  # the file's begin again
+    numbers = read_numbers(frames)
+    assert (numbers[:7], numbers[-8:]) == (list(range(7)), list(range(8)))
+
+
+def test_frames_of_too_many_pixels_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(stts_video, "MAX_PIXELS", 4000)
+    for codec in ("mpeg4", "libx264"):
+        with pytest.raises(ValueError, match=r"a\.mp4 has frames of 64 x 64 pixels; at most 4000 pixels are read"):
+            read_video(write_clip(tmp_path / "a.mp4", 3, codec=codec))
 
 
 def test_a_relative_name_with_a_colon_is_a_file(tmp_path, monkeypatch):
@@ -159,10 +234,28 @@ def test_damaged_frames_are_refused(tmp_path):
 
 
 def test_a_directory_or_missing_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path} is a directory"):
+    with pytest.raises(ValueError, match=f"{tmp_path} is a directory without images"):
         read_video(tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path}/nothing.mp4 does not exist"):
         read_video(tmp_path / "nothing.mp4")
+
+
+@pytest.mark.parametrize("suffix", ["png", "JPG", "webp", "bmp"])
+def test_a_folder_of_images_is_a_video(tmp_path, suffix):
+    for number in range(12):
+        Image.fromarray(number_image(number)).save(tmp_path / f"frame{number}.{suffix}")
+    (tmp_path / "notes.txt").write_text("not a frame")
+    frames, metadata = read_video(tmp_path, every(5))
+    assert read_numbers(frames) == metadata.frames_indices == [0, 5, 10]
+    assert (metadata.total_num_frames, metadata.fps, metadata.width, metadata.height) == (12, None, 64, 64)
+
+
+def test_a_broken_image_of_a_folder_is_named(tmp_path):
+    Image.fromarray(number_image(1)).save(tmp_path / "1.png")
+    for content, message in [(b"", "is empty"), (b"no image" * 99, "is not a video that FFmpeg can read")]:
+        (tmp_path / "2.png").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"2\.png {message}"):
+            read_video(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -203,16 +296,104 @@ def test_missing_pyav_is_named(tmp_path, monkeypatch):
         read_video(path)
 
 
-def test_files_are_closed(tmp_path):
-    before = set(Path("/proc/self/fd").iterdir()) if Path("/proc/self/fd").is_dir() else set()
-    path = write_clip(tmp_path / "a.mp4", 3)
-    (tmp_path / "b.mp4").write_bytes(b"hello" * 500)
-    read_video(path)
-    for bad in (tmp_path / "b.mp4", write_audio(tmp_path / "c.mp4")):
-        with pytest.raises(ValueError):
-            read_video(bad)
-    after = set(Path("/proc/self/fd").iterdir()) if before else set()
-    assert len(after) == len(before)
+LAYOUTS = {
+    "a.mp4": {"codec": "libx264", "movflags": "faststart"},
+    "b.mp4": {"codec": "libx265", "movflags": "faststart", "encoder": {"x265-params": "log-level=none"}},
+    "c.mp4": {"movflags": "faststart"},
+    "d.mkv": {"codec": "libx264"},
+    "e.ts": {"codec": "libx264"},
+    "f.avi": {},
+    "g.gif": {"codec": "gif", "encoder": {"pix_fmt": "rgb8"}},
+    "h.webm": {"codec": "libvpx-vp9", "encoder": {"cpu-used": "8"}},
+}
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layouts")
+    return {name: write_clip(folder / name, 20, fps=20, **options).read_bytes() for name, options in LAYOUTS.items()}
+
+
+def read_or_refuse(path):
+    """That a file is read, or refused with its name."""
+    try:
+        frames, metadata = read_video(path, last)
+    except ValueError as error:
+        assert path.name in str(error)
+    else:
+        assert len(frames) == len(metadata.timestamps) == 2
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_a_file_cut_at_any_byte_is_read_or_refused(name, contents, data):
+    content = contents[name]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+        read_or_refuse(path)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_refused(name, contents, data):
+    content = bytearray(contents[name])
+    places = st.integers(0, len(content) - 1) | st.integers(0, min(1500, len(content) - 1))
+    for place, value in data.draw(st.lists(st.tuples(places, st.binary(min_size=1, max_size=4)), max_size=8)):
+        content[place : place + len(value)] = value
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        read_or_refuse(path)
+
+
+def test_a_codec_that_is_not_known_is_refused(tmp_path, contents):
+    path = tmp_path / "a.mkv"
+    path.write_bytes(contents["d.mkv"].replace(b"V_MPEG4/ISO/AVC", b"V_MPEG5/ISO/AVC"))
+    with pytest.raises(ValueError, match=r"a\.mkv has a video stream in a format that FFmpeg cannot decode"):
+        read_video(path)
+
+
+def test_an_image_with_the_name_of_a_video_is_a_video_of_one_frame(tmp_path):
+    Image.fromarray(number_image(5)).save(tmp_path / "a.png")
+    frames, metadata = read_video((tmp_path / "a.png").rename(tmp_path / "a.mp4"))
+    assert read_numbers(frames) == [5] and metadata.total_num_frames == 1
+
+
+def test_a_wrong_extension_does_not_matter(tmp_path, contents):
+    for name, content in contents.items():
+        (tmp_path / "a.mp3").write_bytes(content)
+        assert read_numbers(read_video(tmp_path / "a.mp3", last)[0]) == [0, 19], name
+
+
+def test_times_before_zero(tmp_path):
+    path = write_clip(tmp_path / "a.mkv", 20, codec="libx264", first_pts=-40, avoid_negative_ts="disabled")
+    frames, metadata = read_video(path, every(6))
+    assert read_numbers(frames) == metadata.frames_indices
+    assert metadata.timestamps == [index / 4 for index in metadata.frames_indices]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_files_and_threads_are_given_back(tmp_path, contents):
+    folders = [Path("/proc/self/fd"), Path("/proc/self/task")]
+    gc.disable()
+    try:
+        before = None
+        for _ in range(3):
+            for name, content in contents.items():
+                for share in (1, 0.99, 0.7):
+                    (tmp_path / name).write_bytes(content[: int(share * len(content))])
+                    read_or_refuse(tmp_path / name)
+            (tmp_path / "bad.mp4").write_bytes(b"hello" * 500)
+            for path in (tmp_path / "bad.mp4", write_audio(tmp_path / "sound.mp4")):
+                with pytest.raises(ValueError):
+                    read_video(path)
+            before = before or [len(list(folder.iterdir())) for folder in folders]
+        assert [len(list(folder.iterdir())) for folder in folders] == before
+    finally:
+        gc.enable()
 
 
 def test_paths_as_strings():

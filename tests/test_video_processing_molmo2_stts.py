@@ -79,6 +79,68 @@ def test_sampled_frames(path, arguments, expected):
     assert said == seen == [expected]
 
 
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ({"start": 2}, [8, 10, 12, 14, 16, 18, 20, 22]),
+        ({"start": 2, "num_frames": 2}, [8, 16]),
+        ({"end": 1, "max_fps": 4}, [0, 1, 2, 3]),
+        ({"start": 0.3, "end": 1.1, "max_fps": 4}, [2, 3, 4]),
+        ({"start": 1.3, "end": 2.3, "fps": 2}, [6, 8]),
+        ({"start": 3, "end": 100, "fps": 1}, [12, 16, 20]),
+        ({"start": 5.75}, [23]),
+    ],
+)
+def test_sampled_frames_of_a_part(path, tmp_path, arguments, expected):
+    said, seen = sampled(make(num_frames=8), path, **arguments)
+    assert said == seen == [expected]
+    make(**({} if "fps" in arguments else {"num_frames": 8}) | arguments).save_pretrained(tmp_path)
+    assert sampled(Molmo2SttsVideoProcessor.from_pretrained(tmp_path), path)[1] == [expected]
+    metadata = [{"total_num_frames": 24, "fps": 4.0}]
+    assert sampled(make(num_frames=8), frames(24), video_metadata=metadata, **arguments)[1] == [expected]
+
+
+def test_only_keyframes(tmp_path):
+    encoder = {"gop_size": 5, "x264-params": "scenecut=0"}
+    clip = write_clip(tmp_path / "a.mp4", 24, codec="libx264", encoder=encoder)
+    for arguments, expected in [
+        ({}, [0, 5, 10, 15, 20]),
+        ({"num_frames": 2}, [0, 10]),
+        ({"max_fps": 0.5}, [0, 5, 15]),
+        ({"start": 1, "end": 4}, [5, 10, 15]),
+    ]:
+        assert sampled(make(num_frames=8), clip, only_keyframes=True, **arguments)[1] == [expected]
+
+
+def test_a_part_is_found_by_the_presentation_times(tmp_path):
+    clip = write_clip(tmp_path / "a.mp4", 6, fps=10, times=[0, 1, 2, 30, 50, 51])
+    assert sampled(make(max_fps=100), clip, start=0.2, end=5.1)[1] == [[2, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"start": -1}, "`start` must be a number of seconds that is not negative, got -1"),
+        ({"start": float("inf")}, "got inf"),
+        ({"end": 0}, "`end` must be a number of seconds after `start`, got start=None and end=0"),
+        ({"start": 3, "end": 2}, "got start=3 and end=2"),
+        ({"start": 6}, r"a\.mp4: No frame is at or after `start`=6 seconds; the last frame is at 5\.750"),
+        ({"start": 0.1, "end": 0.2}, "No frame is at or after `start`=0.1 and before `end`=0.2"),
+        ({"start": 1, "end": 1.2, "only_keyframes": True}, "No keyframe is at"),
+    ],
+)
+def test_parts_without_frames_are_refused(path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make()(path, **arguments)
+
+
+def test_what_arrays_do_not_know_is_refused():
+    with pytest.raises(ValueError, match="if its `fps` is known"):
+        make()(frames(3), start=1)
+    with pytest.raises(ValueError, match="`only_keyframes` needs a file"):
+        make()(frames(3), only_keyframes=True)
+
+
 @pytest.mark.parametrize("saved", [{"num_frames": 3}, {"fps": 0.5}, {"max_fps": 1, "num_frames": 4}])
 def test_saved_sampling_is_used_and_a_call_replaces_it(path, tmp_path, saved):
     make(**saved).save_pretrained(tmp_path)
@@ -123,6 +185,12 @@ def test_frames_as_arrays(as_video):
     assert sampled(make(), videos, **given)[1] == [[0, 6, 12, 18], [0, 2]]
     assert sampled(make(), videos[0], video_metadata=metadata[:1], fps=1)[1] == [[0, 4, 8, 12, 16, 20]]
     assert sampled(make(), [videos[1:]], do_sample_frames=False)[1] == [[0, 1, 2, 3, 4]]
+
+
+def test_a_folder_of_images(tmp_path):
+    for number in range(24):
+        Image.fromarray(number_image(number)).save(tmp_path / f"{number}.png")
+    assert sampled(make(max_fps=4), tmp_path, num_frames=4)[1] == [[0, 6, 12, 18]]
 
 
 def test_a_file_and_its_frames_give_the_same(path):
