@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import CommitOperationAdd, ModelCard, get_local_safetensors_metadata
+from huggingface_hub import ModelCard, get_local_safetensors_metadata
 from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
@@ -123,11 +123,11 @@ def _finding(name: str, look: Callable[[Path], str], folder: Path) -> Finding:
 
 
 def _check_files(folder: Path) -> str:
-    operations = [CommitOperationAdd(path.name, path) for path in list_files(folder)]
-    for operation in operations:
-        if operation.upload_info.size > MAX_HTTP_DOWNLOAD_SIZE:
-            raise ValueError(f"{operation.path_in_repo} has more than {MAX_HTTP_DOWNLOAD_SIZE:,} bytes")
-    return f"{len(operations)} files, {sum(operation.upload_info.size for operation in operations):,} bytes"
+    sizes = {path.name: path.stat().st_size for path in list_files(folder)}
+    for name, size in sizes.items():
+        if size > MAX_HTTP_DOWNLOAD_SIZE:
+            raise ValueError(f"{name} has more than {MAX_HTTP_DOWNLOAD_SIZE:,} bytes")
+    return f"{len(sizes)} files, {sum(sizes.values()):,} bytes"
 
 
 def _check_config(folder: Path) -> str:

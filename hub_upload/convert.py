@@ -20,7 +20,6 @@ from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from modeling_stts import Molmo2SttsConfig, Molmo2SttsForConditionalGeneration, Molmo2SttsProcessor
-from modeling_stts.stts_release import code_file_hashes
 
 from .build import (
     DTYPES,
@@ -34,7 +33,7 @@ from .build import (
     load_processor,
     model_type,
 )
-from .folder import PACKAGE
+from .folder import CODE_FILES, PACKAGE
 from .native_config import CONFIG_FILE, apply_preprocessing, convert_config, is_pruned, read_native_config
 from .weight_files import TensorSpec, WeightFile, is_finite, open_weights
 
@@ -148,7 +147,7 @@ def convert(
         checkpoint.config.save_pretrained(folder)
         checkpoint.generation_config.save_pretrained(folder)
         checkpoint.processor.save_pretrained(folder)
-        for name in code_file_hashes(PACKAGE):
+        for name in CODE_FILES:
             shutil.copyfile(PACKAGE / name, folder / name)
         finish_folder(folder, out)
     return Conversion(out, rows)

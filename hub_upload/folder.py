@@ -14,6 +14,7 @@ from modeling_stts.stts_release import code_file_hashes
 
 
 PACKAGE = Path(modeling_stts.__file__).parent
+CODE_FILES = frozenset(code_file_hashes(PACKAGE))
 OTHER_FILES = frozenset(
     [
         "LICENSE",
@@ -39,7 +40,7 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 def may_be_published(name: str) -> bool:
     """Whether a name is on the allow-list: weights, configurations, processor, tokenizer, card and our code files."""
-    return name in OTHER_FILES or SHARD.fullmatch(name) is not None or name in code_file_hashes(PACKAGE)
+    return name in OTHER_FILES or SHARD.fullmatch(name) is not None or name in CODE_FILES
 
 
 def list_files(folder: str | os.PathLike) -> list[Path]:

@@ -31,6 +31,7 @@ from modeling_stts.modeling_molmo2_stts import Molmo2SttsVideoFeatures
 
 
 RATIOS = [0.0, 0.3, 0.5, 0.7, 0.8, 0.9]
+MORE_FRAMES = (2 * LONG_SAMPLE, 4 * LONG_SAMPLE)  # of long videos, to scale at test time
 FRAMES_PER_BATCH = 768
 
 
@@ -189,18 +190,23 @@ def count_covers(samples: list[Sample], keep_masks: tuple[torch.Tensor, ...]) ->
 
 
 @torch.no_grad()
-def evaluate(model, writer: ConversationWriter, samples: list[Sample], ratio: float) -> dict[str, Any]:
+def evaluate(model, asked: list[tuple[list[Sample], SharedVideos]], ratio: float) -> dict[str, Any]:
     """
     Answers all questions about samples of one set.
+
+    Args:
+        model: in evaluation mode.
+        asked (`list[tuple[list[Sample], SharedVideos]]`): batches of samples, and their prompts.
+        ratio (`float`): fraction of windows to remove.
 
     Returns:
         `dict`: `questions` (`dict` from kind to right answers, their number and what chance would give) and `windows`.
     """
     questions: dict[str, list[float]] = {}
     windows = Counter()
-    for batch in batches(samples):
+    for batch, prompts in asked:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-            rows, video = right_answers(model, batch, write_prompts(batch, writer), ratio)
+            rows, video = right_answers(model, batch, prompts, ratio)
         windows += Counter(count_covers(batch, video.keep_masks))
         for sample, row in zip(batch, rows):
             for question, is_right in zip(sample.video.questions, row):
@@ -212,10 +218,10 @@ def evaluate(model, writer: ConversationWriter, samples: list[Sample], ratio: fl
 def settings_of(rule: str, name: str) -> list[Setting]:
     """What a rule's model is tried at on a set."""
     if rule == "unpruned":
-        return [Setting(0.0, num_frames) for num_frames in ((64, 128, 256) if name == "long" else (LONG_SAMPLE,))]
+        return [Setting(0.0, num_frames) for num_frames in (LONG_SAMPLE, *(MORE_FRAMES if name == "long" else ()))]
     settings = [Setting(ratio) for ratio in RATIOS]
     if name == "long":
-        settings += [Setting(1 - LONG_SAMPLE / num_frames, num_frames) for num_frames in (128, 256)]
+        settings += [Setting(1 - LONG_SAMPLE / num_frames, num_frames) for num_frames in MORE_FRAMES]
     if rule == "stts" and name != "long":
         settings += [Setting(ratio, changes={"refill": True}) for ratio in (0.5, 0.8)]
     return settings
@@ -234,12 +240,15 @@ def evaluate_model(
         samples (`dict`): the decoded videos of a set, at a number of frames.
     """
     apply_rule(model, name)
+    asked = {
+        key: [(batch, write_prompts(batch, writer)) for batch in batches(of_set)] for key, of_set in samples.items()
+    }
     for set_name in SETS:
         for setting in settings_of(name, set_name):
             before = {field: getattr(model.config.stts_config, field) for field in setting.changes}
             for field, value in setting.changes.items():
                 setattr(model.config.stts_config, field, value)
-            counts = evaluate(model, writer, samples[set_name, setting.num_frames], setting.ratio)
+            counts = evaluate(model, asked[set_name, setting.num_frames], setting.ratio)
             for field, value in before.items():
                 setattr(model.config.stts_config, field, value)
             yield {"set": set_name, **setting._asdict(), **counts}

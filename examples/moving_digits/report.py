@@ -14,12 +14,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 from conversations import LONG_SAMPLE
+from evaluate import MORE_FRAMES
+from matplotlib.figure import Figure
 from scenes import SETS
 
 
-matplotlib.use("agg")
 UNPRUNED = "unpruned"
 
 
@@ -127,7 +127,7 @@ def claims(results: Results) -> list[Claim]:
             value = difference(results.accuracy(rule, name, ratio), other)
             if value is not None:
                 found.append(Claim(f"{name}: {text}", value, least))
-    for num_frames in (2 * LONG_SAMPLE, 4 * LONG_SAMPLE):
+    for num_frames in MORE_FRAMES:
         scaled = results.accuracy("stts", "long", 1 - LONG_SAMPLE / num_frames, num_frames)
         value = difference(scaled, results.accuracy(UNPRUNED, "long", 0.0))
         if value is not None:
@@ -150,9 +150,8 @@ def table(results: Results, name: str) -> str:
 
 def plot(results: Results, path: Path) -> None:
     """Accuracy against the prune ratio, a panel for each set."""
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(SETS), figsize=(13, 4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    panels = figure.subplots(1, len(SETS), sharey=True)
     for panel, name in zip(panels, SETS):
         for rule in results.rules():
             points = [(ratio, results.accuracy(rule, name, ratio)) for ratio in results.ratios()]
