@@ -8,7 +8,7 @@ import pytest
 import torch
 from benchmark import build_benchmark, read_benchmark
 from conversations import ConversationWriter, frames_to_inputs, pad_left
-from evaluate import batches, count_covers, decode, question_mask, right_answers, write_prompts
+from evaluate import batches, count_covers, decode, parse_model, question_mask, right_answers, write_prompts
 from model import make_model, make_processor, make_tokenizer
 from rules import apply_rule
 
@@ -148,3 +148,24 @@ def test_the_command_line_writes_counts_of_every_setting(folder, processor, tmp_
         )
         kept = int(36 * 16 * 2 * (1 - row["ratio"])) - 72
         assert abs(row["windows"].get("kept", 0) - max(kept, 0)) <= 2
+
+
+def test_a_model_is_rule_seed_and_folder(tmp_path):
+    assert parse_model(f"stts without key bias:12:{tmp_path}") == ("stts without key bias", 12, str(tmp_path))
+    (tmp_path / "a:b").mkdir()
+    assert parse_model(f"random:0:{tmp_path / 'a:b'}") == ("random", 0, str(tmp_path / "a:b"))
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ("sttss:0:.", "RULE of 'sttss:0:.' must be one of: unpruned, stts, "),
+        ("stts", "SEED of 'stts' must be a whole number; a model is RULE:SEED:FOLDER"),
+        ("stts:-1:.", "SEED of 'stts:-1:.'"),
+        ("stts:0", "FOLDER of 'stts:0' is not a folder"),
+        ("stts:0:none", "FOLDER of 'stts:0:none' is not a folder"),
+    ],
+)
+def test_other_models_are_refused(entry, message):
+    with pytest.raises(ValueError, match=message):
+        parse_model(entry)

@@ -254,6 +254,24 @@ def evaluate_model(
             yield {"set": set_name, **setting._asdict(), **counts}
 
 
+def parse_model(entry: str) -> tuple[str, int, str]:
+    """
+    Takes RULE:SEED:FOLDER apart.
+
+    Raises:
+        ValueError: if it has another form, the rule is not known, the seed is no number or the folder does not exist.
+    """
+    rule, _, rest = entry.partition(":")
+    seed, _, folder = rest.partition(":")
+    if rule not in RULES:
+        raise ValueError(f"RULE of {entry!r} must be one of: {', '.join(RULES)}.")
+    if not seed.isdecimal():
+        raise ValueError(f"SEED of {entry!r} must be a whole number; a model is RULE:SEED:FOLDER.")
+    if not Path(folder).is_dir() or not folder:
+        raise ValueError(f"FOLDER of {entry!r} is not a folder.")
+    return rule, int(seed), folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="JSON file to write")
@@ -261,10 +279,10 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="RULE:SEED:FOLDER")
     parser.add_argument("--workers", type=int, default=4, help="threads that decode")
     args = parser.parse_args()
-    models = [entry.split(":", 2) for entry in args.models]
-    for rule, *_ in models:
-        if rule not in RULES:
-            parser.error(f"RULE must be one of {', '.join(RULES)}; got {rule!r}")
+    try:
+        models = [parse_model(entry) for entry in args.models]
+    except ValueError as error:
+        parser.error(str(error))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     videos, samples, rows = read_benchmark(args.benchmark), {}, []
     for rule, seed, folder in tqdm(models, disable=not sys.stderr.isatty()):
@@ -276,7 +294,7 @@ def main() -> None:
                     chosen = [video for video in videos if video.scene.name == name]
                     samples[name, num_frames] = decode(chosen, processor, num_frames, args.workers)
         results = evaluate_model(rule, model, ConversationWriter(processor), samples)
-        rows += [{"rule": rule, "seed": int(seed), **row} for row in results]
+        rows += [{"rule": rule, "seed": seed, **row} for row in results]
         args.results.write_text(json.dumps(rows))
 
 
