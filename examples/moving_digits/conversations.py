@@ -93,14 +93,15 @@ def draw_turns(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 class ConversationWriter:
-    """Writes conversations as the processor does, without decoding a video first."""
+    """Writes conversations as the processor does, without decoding a video first. Every text is tokenized once."""
 
     def __init__(self, processor):
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.pad_token_id = self.tokenizer.pad_token_id
         self.video_token_id, self.frame_end_id = self.tokenizer.convert_tokens_to_ids(["<im_patch>", "<frame_end>"])
-        self.times = {}
+        self.prompts = {}
+        self.ids = {}
 
     def write(self, scene: Scene, frames: np.ndarray, questions: list[Question]) -> Conversation:
         """
@@ -111,31 +112,34 @@ class ConversationWriter:
         """
         input_ids, labels = [], []
         for turn, question in enumerate(questions):
-            content = [{"type": "video"}] * (turn == 0) + [{"type": "text", "text": question.text}]
-            asked = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-            )
-            before, _, after = asked.rpartition(self.processor.video_token)
-            prompt = self._ids((self.tokenizer.eos_token if turn == 0 else "\n") + before)
-            prompt += (self._video_ids(scene, frames) if turn == 0 else []) + self._ids(after)
+            before, after = self._prompt(question.text, is_first=turn == 0)
+            prompt = before + (self._video_ids(scene, frames) if turn == 0 else []) + after
             answer = self._ids(question.answer + self.tokenizer.eos_token)
             input_ids += prompt + answer
             labels += [-100] * len(prompt) + answer
         return Conversation(input_ids, labels)
 
+    def _prompt(self, text: str, is_first: bool) -> tuple[list[int], list[int]]:
+        """What stands before and after the video where a question is asked."""
+        if (text, is_first) not in self.prompts:
+            content = [{"type": "video"}] * is_first + [{"type": "text", "text": text}]
+            asked = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            before, _, after = asked.rpartition(self.processor.video_token)
+            start = self.tokenizer.eos_token if is_first else "\n"
+            self.prompts[text, is_first] = self._ids(start + before), self._ids(after)
+        return self.prompts[text, is_first]
+
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if text not in self.ids:
+            self.ids[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.ids[text]
 
     def _video_ids(self, scene: Scene, frames: np.ndarray) -> list[int]:
-        ids = []
-        for position, frame in enumerate(frames):
-            key = (position > 0, frame / scene.fps)
-            if key not in self.times:
-                grid = torch.tensor([1, GRID, GRID])
-                text = self.processor.get_video_string(grid, [frame / scene.fps])
-                self.times[key] = self._ids(" " * key[0] + text)
-            ids += self.times[key]
-        return ids
+        grid = torch.tensor([1, GRID, GRID])
+        texts = [self.processor.get_video_string(grid, [frame / scene.fps]) for frame in frames]
+        return sum((self._ids(" " * (position > 0) + text) for position, text in enumerate(texts)), [])
 
 
 def sampled_frames(scene: Scene, num_frames: int | None = None) -> np.ndarray:
