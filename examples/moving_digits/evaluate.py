@@ -295,7 +295,9 @@ def main() -> None:
                     samples[name, num_frames] = decode(chosen, processor, num_frames, args.workers)
         results = evaluate_model(rule, model, ConversationWriter(processor), samples)
         rows += [{"rule": rule, "seed": seed, **row} for row in results]
-        args.results.write_text(json.dumps(rows))
+        unfinished = args.results.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(rows))
+        unfinished.replace(args.results)
 
 
 if __name__ == "__main__":

@@ -177,8 +177,10 @@ def train(args: argparse.Namespace) -> bool:
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.out) if args.out.is_dir() else None)
     is_finished = trainer.state.global_step >= args.steps
     if is_finished:
-        model.save_pretrained(args.out / "final")
-        processor.save_pretrained(args.out / "final")
+        unfinished = args.out / "unfinished"
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        unfinished.rename(args.out / "final")
     return is_finished
 
 
