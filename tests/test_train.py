@@ -1,3 +1,4 @@
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,8 @@ import torch
 from conversations import Conversations
 from model import make_processor, make_tokenizer
 from safetensors.torch import load_file
-from train import main
+from torch import nn
+from train import main, make_optimizer
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "moving_digits" / "train.py"
@@ -59,3 +61,16 @@ def test_a_seed_out_of_range_is_refused(tmp_path, monkeypatch, capsys, seed):
         main()
     assert f"--seed must be from 0 to 2147483647, got {seed}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_learning_rates_rise_stay_and_fall_by_part():
+    model = nn.ModuleDict({"vision_tower": nn.ModuleDict({"scorer": nn.Linear(1, 1), "block": nn.Linear(1, 1)})})
+    model["head"] = nn.Linear(1, 1)
+    rates = {"learning_rate": 1.0, "vision_learning_rate": 2.0, "scorer_learning_rate": 4.0}
+    optimizer, schedule = make_optimizer(
+        nn.ModuleDict({"model": model}), argparse.Namespace(**rates, warm_up_steps=4, steps=20)
+    )
+    assert {group["initial_lr"]: len(group["params"]) for group in optimizer.param_groups} == {4.0: 2, 2.0: 2, 1.0: 2}
+    factors = [schedule.lr_lambdas[0](step) for step in range(21)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and set(factors[3:15]) == {1.0}
+    assert factors[15:] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])

@@ -11,7 +11,6 @@ so none is lost or repeated.
 """
 
 import argparse
-import math
 import re
 import sys
 import time
@@ -35,6 +34,7 @@ from modeling_stts import Molmo2SttsForConditionalGeneration, Molmo2SttsProcesso
 STAGES = ("videos", "pictures")
 PRUNE_RATIOS = [0.0, 0.3, 0.5, 0.7, 0.8, 0.9]
 LOG_EVERY = 50
+COOL_DOWN = 0.3  # share of the steps in which learning rates fall; what is not learned before hardly is then
 SCORER, VISION = r"\.scorer\.", r"\.(vision_tower|multi_modal_projector)\."
 
 
@@ -102,7 +102,7 @@ class StopAfter(TrainerCallback):
 def make_optimizer(
     model: nn.Module, args: argparse.Namespace
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW with three learning rates, warmed up and then lowered to zero along a half cosine."""
+    """AdamW with three learning rates: warmed up, constant, and in the end lowered to zero."""
     rates = {SCORER: args.scorer_learning_rate, VISION: args.vision_learning_rate, "": args.learning_rate}
     groups: dict[str, list[nn.Parameter]] = {part: [] for part in rates}
     for name, weight in model.named_parameters():
@@ -115,7 +115,7 @@ def make_optimizer(
     )
 
     def factor(step: int) -> float:
-        return min(1.0, (step + 1) / args.warm_up_steps) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.steps)))
+        return min(1.0, (step + 1) / args.warm_up_steps, (args.steps - step) / (COOL_DOWN * args.steps))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
