@@ -73,9 +73,10 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
 
         Args:
             videos:
-                A video (`str` or `os.PathLike`: file, folder of images or http(s) address; or frames as an array of
-                shape `(num_frames, num_channels, height, width)` or `(num_frames, height, width, num_channels)` or as
-                a list of images), a list of videos, or chats as for `text`.
+                A video (`str` or `os.PathLike`: file, folder of images or address; `bytes` or a file that is open in
+                binary mode; or frames as an array of shape `(num_frames, num_channels, height, width)` or
+                `(num_frames, height, width, num_channels)` or as a list of images), a list of videos, or chats as for
+                `text`.
             text (`str`, `list[str]`, `list[dict]` or `list[list[dict]]`, *optional*):
                 The question for all videos or one for each; or, without `videos`, a chat or a list of chats.
             batch_size (`int`, *optional*): how many items of a list run at once; 1 if not given.

@@ -7,7 +7,7 @@ from transformers import BatchFeature, Molmo2VideoProcessor
 from transformers.models.molmo2.video_processing_molmo2 import Molmo2VideoProcessorKwargs
 from transformers.video_utils import VideoInput, VideoMetadata, make_batched_videos
 
-from .stts_video import paths_as_strings, read_video
+from .stts_video import as_strings, read_video
 
 
 class Molmo2SttsVideoProcessorKwargs(Molmo2VideoProcessorKwargs, total=False):
@@ -27,8 +27,9 @@ class Molmo2SttsVideoProcessorKwargs(Molmo2VideoProcessorKwargs, total=False):
 class Molmo2SttsVideoProcessor(Molmo2VideoProcessor):
     r"""
     Differences from `Molmo2VideoProcessor`:
-    - Files, folders of images (`str` or `os.PathLike`) and http(s) addresses are decoded with PyAV; torchcodec is not
-      needed. A folder's rate is taken to be `fps` or `max_fps`, as natively where it is not known.
+    - Files (paths, bytes or open ones), folders of images and addresses of http(s), `hf://` and what else fsspec knows
+      are decoded with PyAV; torchcodec is not needed. A folder's rate is taken to be `fps` or `max_fps`, as natively
+      where it is not known.
     - `fps` of a call replaces the saved `num_frames` and the other way round; natively that is an error, so that `fps`
       can never be given in a call.
     - `sample_frames` never returns an index past the end; natively it does for some numbers, such as 7 frames of 17.
@@ -66,9 +67,9 @@ class Molmo2SttsVideoProcessor(Molmo2VideoProcessor):
 
         Args:
             videos:
-                One video or a list: paths of files or folders, or http(s) addresses; or frames as arrays of shape
-                `(num_frames, num_channels, height, width)` or `(num_frames, height, width, num_channels)` or as lists
-                of images.
+                One video or a list: paths, addresses, bytes or open files as for `read_video`; or frames as arrays of
+                shape `(num_frames, num_channels, height, width)` or `(num_frames, height, width, num_channels)` or as
+                lists of images.
             kwargs: as for `Molmo2VideoProcessor`, which replace the saved settings for this call.
 
         Returns:
@@ -81,7 +82,7 @@ class Molmo2SttsVideoProcessor(Molmo2VideoProcessor):
                 if a file is not a video that can be decoded, the sampling arguments contradict each other, are not
                 positive or leave no frame, paths and arrays are mixed, or keyframes of arrays are asked for.
         """
-        videos = make_batched_videos(paths_as_strings(videos))
+        videos = make_batched_videos(as_strings(videos))
         if len({isinstance(video, str) for video in videos}) > 1:
             raise ValueError("Videos of one call must be all paths or all frames, got both.")
         if kwargs.get("only_keyframes", self.only_keyframes) and not isinstance(videos[0], str):
@@ -93,7 +94,7 @@ class Molmo2SttsVideoProcessor(Molmo2VideoProcessor):
         Reads one file or a list of files.
 
         Args:
-            video_url_or_urls (`str` or `list[str]`): paths or http(s) addresses.
+            video_url_or_urls (`str` or `list[str]`): paths, addresses or what `as_string` makes of a file.
             sample_indices_fn (`Callable`, *optional*): as in `read_video`; all frames if not given.
 
         Returns:

@@ -89,6 +89,17 @@ def test_kinds_of_paths(pipe, calls, clips, as_type):
         assert calls[-1]["video_grids"].tolist() == [[3, 9, 9]]
 
 
+def test_bytes_and_open_files(pipe, calls, clips):
+    path = Path(clips[0])
+    for _ in range(2):
+        pipe(path.read_bytes(), text="Hi")
+        assert calls[-1]["video_grids"].tolist() == [[3, 9, 9]]
+    with path.open("rb") as file:
+        pipe([file, Path(clips[1]).read_bytes()], text="Hi")
+        pipe(question(file))
+    assert [call["video_grids"][:, 0].tolist() for call in calls[2:]] == [[3, 6], [3]]
+
+
 @pytest.mark.parametrize(
     "as_video",
     [

@@ -1,3 +1,4 @@
+import io
 import json
 import re
 from pathlib import Path
@@ -76,6 +77,15 @@ def test_timestamps_of_a_variable_frame_rate(processor, tmp_path, name, codec):
     clip = write_clip(tmp_path / name, 6, fps=10, codec=codec, times=[5, 6, 7, 30, 50, 51])
     times = shown_times(processor, encode(processor, question(clip), num_frames=3, max_fps=100)["input_ids"][0])
     assert times == [0, 0.2, 4.5]
+
+
+def test_bytes_and_open_files_are_read_as_their_paths_are(processor, clips):
+    expected = encode(processor, [question(clip) for clip in clips])
+    with clips[1].open("rb") as file:
+        for videos in [[clips[0].read_bytes(), file], [io.BytesIO(clips[0].read_bytes()), str(clips[1])]]:
+            actual = encode(processor, [question(video) for video in videos])
+            assert all(torch.equal(actual[name], expected[name]) for name in expected)
+        assert file.read() == clips[1].read_bytes()
 
 
 def test_timestamps_of_arrays_are_native(processor):
