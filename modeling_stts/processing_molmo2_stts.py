@@ -22,11 +22,14 @@ class Molmo2SttsProcessor(Molmo2Processor):
     - Videos may be path objects, bytes and open files.
     - Each frame's time in the prompt is when the file presents it, in seconds after the first frame; natively it is
       the frame's number divided by the average rate.
+    - `frame_scale` and `max_video_tokens` add `prune_ratio` (`list[float]`, one for each video) to what is returned.
     - Lists of videos for each prompt are compared with that prompt's placeholders; natively only the sums are, and
       those not before transformers 5.23.
     """
 
     _auto_class = "AutoProcessor"
+    # Tensors of ratios would lose digits where inputs are cast to the model's dtype.
+    skip_tensor_conversion = [*Molmo2Processor.skip_tensor_conversion, "prune_ratio"]
 
     def __call__(
         self,

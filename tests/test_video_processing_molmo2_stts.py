@@ -13,6 +13,7 @@ from transformers.video_utils import VideoMetadata
 
 from hub_upload.tiny import tiny_config, tiny_processor
 from modeling_stts import Molmo2SttsVideoProcessor
+from modeling_stts.stts_selection import count_pruned_windows
 
 
 GEOMETRY = {"size": {"height": 54, "width": 54}, "patch_size": 2, "do_rescale": True, "do_normalize": True}
@@ -139,6 +140,72 @@ def test_what_arrays_do_not_know_is_refused():
         make()(frames(3), start=1)
     with pytest.raises(ValueError, match="`only_keyframes` needs a file"):
         make()(frames(3), only_keyframes=True)
+
+
+# 24 frames, 4 a second, of 81 windows each; 8 are sampled otherwise.
+@pytest.mark.parametrize(
+    "arguments, num_frames, num_kept",
+    [
+        ({"max_video_tokens": 400}, 8, 400),
+        ({"max_video_tokens": 400, "prune_ratio": 0.5}, 8, 324),
+        ({"max_video_tokens": 1000}, 8, 648),
+        ({"max_video_tokens": 100}, 6, 100),
+        ({"max_video_tokens": 81}, 5, 81),
+        ({"max_video_tokens": 100, "prune_ratio": 0.9}, 8, 81),
+        ({"max_video_tokens": 400, "fps": 4}, 24, 400),
+        ({"max_video_tokens": 100, "start": 3}, 6, 100),
+        ({"frame_scale": 2, "prune_ratio": 0.5}, 16, 324),
+        ({"frame_scale": 2, "prune_ratio": 0}, 16, 648),
+        ({"frame_scale": 1, "prune_ratio": 0.5}, 8, 324),
+        ({"frame_scale": 1.5, "prune_ratio": 0.5, "fps": 2}, 18, 486),
+        ({"frame_scale": 9, "prune_ratio": 0.5}, 24, 324),
+        ({"frame_scale": 2, "prune_ratio": 0.5, "start": 5}, 4, 81),
+        ({"frame_scale": 2, "prune_ratio": 0.5, "max_video_tokens": 200}, 12, 200),
+    ],
+)
+def test_frames_and_ratio_by_the_tokens_that_remain(path, arguments, num_frames, num_kept):
+    processor = make(num_frames=8)
+    metadata = [{"total_num_frames": 24, "fps": 4.0}]
+    for video, known in [(path, {}), (frames(24), {"video_metadata": metadata})]:
+        (ratio,) = processor(video, **arguments, **known)["prune_ratio"]
+        assert num_frames * 81 - count_pruned_windows(num_frames, 81, ratio) == num_kept
+        said, seen = sampled(processor, video, **arguments, **known)
+        assert said == seen and len(said[0]) == num_frames
+        assert np.ptp(np.diff(said[0])) <= 1
+
+
+def test_the_tokens_of_every_video_of_a_batch_are_limited(path, short):
+    out = make(num_frames=8, max_fps=4)([path, short], max_video_tokens=200, return_tensors="pt")
+    assert out["video_grids"][:, 0].tolist() == [8, 3] and "video_metadata" not in out
+    kept = [n * 81 - count_pruned_windows(n, 81, ratio) for n, ratio in zip([8, 3], out["prune_ratio"])]
+    assert kept == [200, 200]
+    assert "prune_ratio" not in make(num_frames=8)(path, prune_ratio=0.5)
+
+
+def test_more_frames_are_taken_from_arrays_of_no_known_rate_without_a_change_of_their_times():
+    times = [
+        make(max_fps=2, num_frames=4)(frames(24), return_metadata=True, **more)["video_metadata"][0].timestamps
+        for more in ({}, {"frame_scale": 2, "prune_ratio": 0.5})
+    ]
+    assert times == [[0, 3, 6, 9], [0, 1.5, 3, 4.5, 6, 7.5, 9, 10.5]]
+
+
+def test_saved_limits_are_used_and_a_call_replaces_them(path, tmp_path):
+    make(num_frames=8, max_video_tokens=200, prune_ratio=0.25).save_pretrained(tmp_path)
+    processor = Molmo2SttsVideoProcessor.from_pretrained(tmp_path)
+    assert processor(path)["prune_ratio"] == [(8 * 81 - 200 + 0.5) / (8 * 81)]
+    assert processor(path, max_video_tokens=1000)["prune_ratio"] == [0.25]
+    assert "prune_ratio" not in processor(path, max_video_tokens=None)
+
+
+def test_limits_that_cannot_hold_are_refused(path):
+    for arguments, message in [
+        ({"max_video_tokens": 80}, "`max_video_tokens` must be at least 81"),
+        ({"frame_scale": 2}, "`frame_scale`=2 needs `prune_ratio`"),
+        ({"frame_scale": 2, "prune_ratio": 0.5, "do_sample_frames": False}, "needs `do_sample_frames=True`"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()(path, **arguments)
 
 
 @pytest.mark.parametrize("saved", [{"num_frames": 3}, {"fps": 0.5}, {"max_fps": 1, "num_frames": 4}])
