@@ -22,6 +22,7 @@ from .stts_decoding import (
     import_av,
     read_packets,
 )
+from .stts_hdr import HLG, PQ, to_sdr
 
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -85,8 +86,8 @@ def read_video(
 
     Frames count in order of presentation. Where frames cannot be found by the packets' times, the file is decoded from
     its start. A file that ends at most `max(2, 2 %)` frames before its header says so is sampled from its real number
-    of frames. Rotated recordings (phones) are turned upright, and pixels are made square. All frames get the size of
-    the first sampled one.
+    of frames. Rotated recordings (phones) are turned upright, and pixels are made square. High dynamic range (PQ, HLG)
+    becomes ordinary range. All frames get the size of the first sampled one.
 
     The images of a folder are the frames of a video in the order of their names, numbers in names counted as numbers.
     Their rate is not known.
@@ -379,13 +380,19 @@ def _stack(path: str, frames: Iterator[Any], metadata: TimedVideoMetadata, strea
         if slot == 0:
             # The size may change within a stream; all frames get the first one's.
             size = _shown_size(path, frame, stream.sample_aspect_ratio if stream else None)
-        image = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
-        image = np.rot90(image, round(frame.rotation / 90))
+        image = np.rot90(_to_rgb(frame, size, stream), round(frame.rotation / 90))
         if slot == 0:
             stacked = np.empty((len(stacked), *image.shape), dtype=np.uint8)
         stacked[slot] = image
     metadata.height, metadata.width = stacked.shape[1:3]
     return stacked
+
+
+def _to_rgb(frame: Any, size: tuple[int, int], stream: Any) -> np.ndarray:
+    transfer = stream.codec_context.color_trc if stream else None
+    if transfer not in (PQ, HLG):
+        return frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
+    return to_sdr(frame.to_ndarray(format="rgb48le", width=size[0], height=size[1]), transfer)
 
 
 def _shown_size(path: str, frame: Any, pixel_ratio: Fraction | None) -> tuple[int, int]:
