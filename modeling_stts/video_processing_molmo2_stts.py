@@ -4,12 +4,18 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import BatchFeature, Molmo2VideoProcessor
+from transformers.image_utils import ChannelDimension
 from transformers.models.molmo2.video_processing_molmo2 import Molmo2VideoProcessorKwargs
-from transformers.video_utils import VideoInput, VideoMetadata, make_batched_videos
+from transformers.video_utils import VideoInput, VideoMetadata, infer_channel_dimension_format, make_batched_videos
 
 from .stts_budget import TokenBudget, make_budget
 from .stts_video import as_strings, read_video
+
+
+# More at once is no faster, and frames of full size in float32 are what takes most memory.
+FRAMES_AT_ONCE = 4
 
 
 class Molmo2SttsVideoProcessorKwargs(Molmo2VideoProcessorKwargs, total=False):
@@ -44,6 +50,8 @@ class Molmo2SttsVideoProcessor(Molmo2VideoProcessor):
     - `start`, `end` and `only_keyframes` say which part of a video is sampled.
     - `frame_scale` and `max_video_tokens` choose frames, and a ratio to prune them with, by the tokens that remain.
     - The sampling arguments are checked.
+    - Frames are resized and cut into patches a few at a time, with the same numbers, so that there is never a copy of
+      the whole video, which natively there is in uint8 and in float32.
 
     `num_frames` frames (`int`, at most all) are sampled evenly, fewer where they would be more than `max_fps` a
     second; or `fps` frames a second. Of `start <= time < end` in seconds after the first frame where these are given,
@@ -141,6 +149,43 @@ class Molmo2SttsVideoProcessor(Molmo2VideoProcessor):
         if isinstance(video_url_or_urls, list):
             return tuple(zip(*[self.fetch_videos(video, sample_indices_fn) for video in video_url_or_urls]))
         return read_video(video_url_or_urls, sample_indices_fn)
+
+    def _prepare_input_videos(
+        self,
+        videos: list[np.ndarray | torch.Tensor],
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        device: str | torch.device | None = None,
+    ) -> list[torch.Tensor]:
+        """Views of the videos with channels first, on the device if one is given."""
+        prepared = []
+        for video in map(torch.as_tensor, videos):
+            if (input_data_format or infer_channel_dimension_format(video)) == ChannelDimension.LAST:
+                video = video.permute(0, 3, 1, 2)
+            if do_convert_rgb:
+                video = self.convert_to_rgb(video)
+            prepared.append(video if device is None else video.to(device))
+        return prepared
+
+    def _preprocess(self, videos: list[torch.Tensor], return_tensors: str | None = None, **kwargs) -> BatchFeature:
+        pixel_values, pooling, grids, first_frame = None, [], [], 0
+        for video in videos:
+            for frames in video.split(FRAMES_AT_ONCE):
+                part = super()._preprocess([frames.contiguous()], **kwargs)
+                patches = part["pixel_values_videos"]
+                if pixel_values is None:
+                    pixel_values = patches.new_empty((sum(map(len, videos)), *patches.shape[1:]))
+                pixel_values[first_frame : first_frame + len(frames)] = patches
+                indices = part["video_token_pooling"]
+                pooling.append(torch.where(indices < 0, indices, indices + first_frame * patches.shape[1]))
+                first_frame += len(frames)
+            grids.append([len(video), *part["video_grids"][0, 1:].tolist()])
+        data = {
+            "pixel_values_videos": pixel_values,
+            "video_token_pooling": torch.cat(pooling),
+            "video_grids": torch.tensor(grids),
+        }
+        return BatchFeature(data, tensor_type=return_tensors)
 
     def sample_frames(
         self,

@@ -268,12 +268,70 @@ def test_a_file_and_its_frames_give_the_same(path):
     assert (actual["pixel_values_videos"] - expected["pixel_values_videos"]).abs().max() < 0.25  # lossy compression
 
 
-def test_equals_the_native_processor_on_arrays():
-    native = Molmo2VideoProcessor(**GEOMETRY, num_frames=6)
-    given = {"video_metadata": [{"total_num_frames": 24, "fps": 4.0}], "return_tensors": "pt"}
-    expected, actual = native(frames(24), **given), make(num_frames=6)(frames(24), **given)
+def random_video(num_frames, height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"do_convert_rgb": True},
+        {"do_normalize": False},
+        {"do_normalize": False, "do_rescale": False},
+        {"size": {"height": 112, "width": 112}, "patch_size": 14, "pooling_size": [3, 2]},
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3},
+        {"return_tensors": "np"},
+    ],
+)
+@pytest.mark.parametrize("is_channels_first", [False, True])
+def test_equals_the_native_processor_on_arrays(arguments, is_channels_first):
+    videos = [random_video(24, 45, 80), random_video(3, 120, 66, seed=1)]
+    videos = [np.moveaxis(video, -1, 1) for video in videos] if is_channels_first else videos
+    given = {"video_metadata": [{"total_num_frames": n, "fps": 4.0} for n in (24, 3)], "return_tensors": "pt"}
+    settings = {**GEOMETRY, "num_frames": 11, "max_fps": 4, **arguments}
+    expected, actual = (make(videos, **given) for make in (native(settings), ours(settings)))
     assert actual.keys() == expected.keys()
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    for name in expected:
+        assert actual[name].dtype == expected[name].dtype and np.array_equal(actual[name], expected[name])
+
+
+def native(settings):
+    return Molmo2VideoProcessor(**settings)
+
+
+def ours(settings):
+    return Molmo2SttsVideoProcessor(**settings)
+
+
+def test_equals_the_native_processor_in_every_layout():
+    video = torch.from_numpy(random_video(9, 45, 80))
+    layouts = [video, video.permute(0, 3, 1, 2), video.permute(0, 3, 1, 2).contiguous(), video.flip(2)]
+    for layout in [*layouts, video.float() / 2, list(video.numpy())]:
+        for more in ({}, {"input_data_format": "channels_first"}):
+            if more and layout[0].shape[0] != 3:
+                continue
+            given = {"do_sample_frames": False, "return_tensors": "pt", **more}
+            expected, actual = (make(layout, **given) for make in (native(GEOMETRY), ours(GEOMETRY)))
+            assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_frames_of_full_size_are_never_all_in_float32():
+    seen = []
+
+    class Watching(Molmo2SttsVideoProcessor):
+        def resize(self, image, *args, **kwargs):
+            seen.append(len(image))
+            return super().resize(image, *args, **kwargs)
+
+    out = Watching(**GEOMETRY)(random_video(23, 90, 160), do_sample_frames=False, return_tensors="pt")
+    assert sum(seen) == len(out["pixel_values_videos"]) == 23 and max(seen) <= 4
+
+
+def test_the_device_of_a_call_is_where_frames_are_resized(path):
+    out = make(num_frames=8)(path, device="meta", return_tensors="pt")
+    assert out["pixel_values_videos"].device.type == out["video_token_pooling"].device.type == "meta"
+    assert out["pixel_values_videos"].shape == (8, 729, 12)
 
 
 @settings(max_examples=300, deadline=None)
