@@ -236,6 +236,8 @@ def _video_stream(path: str, container: Any) -> Any:
         raise ValueError(f"{path} has no video stream (streams: {[stream.type for stream in container.streams]}).")
     if streams[0].codec_context is None:
         raise ValueError(f"{path} has a video stream in a format that FFmpeg cannot decode.")
+    # Before anything is decoded, because a decoder takes the memory for a whole frame. 0 where it is not known.
+    _check_num_pixels(path, streams[0].width or 1, streams[0].height or 1)
     streams[0].thread_type = "AUTO"
     return streams[0]
 
@@ -398,9 +400,13 @@ def _to_rgb(frame: Any, size: tuple[int, int], stream: Any) -> np.ndarray:
 def _shown_size(path: str, frame: Any, pixel_ratio: Fraction | None) -> tuple[int, int]:
     """Width and height of a frame with square pixels, before it is turned upright."""
     width, height = round(frame.width * (pixel_ratio or 1)), frame.height
+    _check_num_pixels(path, width, height)
+    return width, height
+
+
+def _check_num_pixels(path: str, width: int, height: int) -> None:
     if not 0 < width * height <= MAX_PIXELS:
         raise ValueError(f"{path} has frames of {width} x {height} pixels; at most {MAX_PIXELS} pixels are read.")
-    return width, height
 
 
 __all__ = ["TimedVideoMetadata", "as_string", "as_strings", "read_video"]

@@ -3,6 +3,8 @@ import gc
 import http.server
 import io
 import os
+import resource
+import struct
 import sys
 import tempfile
 import threading
@@ -20,7 +22,7 @@ from PIL import Image
 from transformers.video_utils import VideoMetadata
 
 from modeling_stts import stts_video
-from modeling_stts.stts_video import as_strings, read_video
+from modeling_stts.stts_video import as_string, as_strings, read_video
 
 
 MOVED = {"movflags": "faststart"}
@@ -185,6 +187,21 @@ def test_frames_of_too_many_pixels_are_refused(tmp_path, monkeypatch):
     for codec in ("mpeg4", "libx264"):
         with pytest.raises(ValueError, match=r"a\.mp4 has frames of 64 x 64 pixels; at most 4000 pixels are read"):
             read_video(write_clip(tmp_path / "a.mp4", 3, codec=codec))
+
+
+def test_a_gigantic_size_in_the_header_takes_no_memory(tmp_path):
+    content = bytearray(write_clip(tmp_path / "a.gif", 6, codec="gif", encoder={"pix_fmt": "rgb8"}).read_bytes())
+    content[6:10] = struct.pack("<HH", 16000, 16000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="<BytesIO> has frames of 16000 x 16000 pixels"):
+        read_video(io.BytesIO(content))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # a frame of RGB takes 768,000 KiB
+
+
+def test_times_that_make_no_sense_do_not_make_more_frames(tmp_path):
+    frames, metadata = read_video(write_clip(tmp_path / "a.mkv", 4, 10, "libx264", times=[0, 1, 2, 2**45]))
+    assert read_numbers(frames) == [0, 1, 2, 3]
+    assert metadata.timestamps[:3] == [0, 0.1, 0.2] and metadata.timestamps[3] > 10**12
 
 
 def test_a_relative_name_with_a_colon_is_a_file(tmp_path, monkeypatch):
@@ -419,12 +436,12 @@ def contents(tmp_path_factory):
     return {name: write_clip(folder / name, 20, fps=20, **options).read_bytes() for name, options in LAYOUTS.items()}
 
 
-def read_or_refuse(path):
+def read_or_refuse(video):
     """That a file is read, or refused with its name."""
     try:
-        frames, metadata = read_video(path, last)
+        frames, metadata = read_video(video, last)
     except ValueError as error:
-        assert path.name in str(error)
+        assert as_string(video) in str(error)
     else:
         assert len(frames) == len(metadata.timestamps) == 2
 
@@ -491,6 +508,9 @@ def test_files_and_threads_are_given_back(tmp_path, contents):
                 for share in (1, 0.99, 0.7):
                     (tmp_path / name).write_bytes(content[: int(share * len(content))])
                     read_or_refuse(tmp_path / name)
+                    read_or_refuse((tmp_path / name).as_uri())
+                    with (tmp_path / name).open("rb") as file:
+                        read_or_refuse(file)
             (tmp_path / "bad.mp4").write_bytes(b"hello" * 500)
             for path in (tmp_path / "bad.mp4", write_audio(tmp_path / "sound.mp4")):
                 with pytest.raises(ValueError):
