@@ -2,6 +2,8 @@
 
     python examples/fuzz_video.py a.mp4 b.mkv c.webm --num-files 2000
 
+Every second one is read through an open file, which must stay open.
+
 A copy that ends otherwise stays in the folder. One that takes too long ends the run and is the last one there.
 """
 
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import av
 
-from modeling_stts.stts_video import read_video
+from modeling_stts.stts_video import as_string, read_video
 
 
 HEADER_SIZE = 2000
@@ -41,7 +43,7 @@ def main():
         path = arguments.folder / f"{arguments.seed}_{number}_{clip.name}"
         path.write_bytes(damage(clip.read_bytes(), random_numbers))
         faulthandler.dump_traceback_later(arguments.seconds, exit=True)
-        result = try_to_read(path)
+        result = try_to_read(path) if number % 2 else try_to_read_open(path)
         faulthandler.cancel_dump_traceback_later()
         counts[result] += 1
         if result in ("read", "refused"):
@@ -73,11 +75,17 @@ def damage(content, random_numbers):
     return bytes(content)
 
 
-def try_to_read(path):
+def try_to_read_open(path):
+    with path.open("rb") as file:
+        result = try_to_read(file)
+        return result if file.tell() == 0 else f"{result}, but the file is elsewhere now"
+
+
+def try_to_read(video):
     try:
-        read_video(path, lambda metadata: sorted({0, metadata.total_num_frames // 2, metadata.total_num_frames - 1}))
+        read_video(video, lambda metadata: sorted({0, metadata.total_num_frames // 2, metadata.total_num_frames - 1}))
     except ValueError as error:
-        return "refused" if str(path) in str(error) else f"refused without its name: {error}"
+        return "refused" if as_string(video) in str(error) else f"refused without its name: {error}"
     except Exception as error:
         return repr(error)
     return "read"

@@ -1,6 +1,13 @@
-"""Times how long it takes to read 64 sampled frames of 1080p files: by seeking, decoding in order, and natively."""
+"""Times how long it takes to read sampled frames of 1080p files: by this package, by transformers and by torchcodec.
+
+Each reads once in a process of its own, where the memory is measured that comes on top. Then all read in turns, each
+as often first as last, which gives the medians of the seconds that pass and of the seconds of all processors.
+"""
 
 import argparse
+import multiprocessing
+import re
+import statistics
 import time
 from pathlib import Path
 
@@ -8,27 +15,42 @@ import av
 import numpy as np
 from transformers.video_utils import load_video
 
-from modeling_stts.stts_decoding import InOrderDecoder
 from modeling_stts.stts_video import read_video
 
 
 FPS, WIDTH, HEIGHT, GOP_SECONDS, PIECE_SECONDS = 24, 1920, 1080, 5, 10
+# What takes more seconds is read once.
+LONG = 20
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("decoding"), help="where the files are, or are made")
     parser.add_argument("--seconds", type=int, nargs="+", default=[10, 600, 7200], help="how long each file is")
-    parser.add_argument("--num-frames", type=int, default=64, help="how many frames are sampled")
-    parser.add_argument("--repeat", type=int, default=1, help="of so many runs the fastest counts")
+    parser.add_argument("--num-frames", type=int, nargs="+", default=[64, 256], help="how many frames are sampled")
+    parser.add_argument("--repeat", type=int, default=5, help="how often each reading is done, if it is short")
     arguments = parser.parse_args()
     arguments.folder.mkdir(exist_ok=True)
-    print("| seconds | MB | by seeking | in order | transformers |\n|---|---|---|---|---|")
+    readers = {"this package": read_by_seeking, "transformers, PyAV": read_natively}
+    if has_torchcodec():
+        readers["transformers, torchcodec"] = read_by_torchcodec
+    print(f"| seconds | MB | frames | {' | '.join(readers)} |\n|{'---|' * (len(readers) + 3)}")
     for seconds in arguments.seconds:
         path = make_file(arguments.folder, seconds)
-        row = [fastest(read, path, arguments) for read in (read_by_seeking, read_in_order, read_natively)]
-        size = path.stat().st_size / 1e6
-        print(f"| {seconds} | {size:.0f} | {' | '.join(f'{time:.2f} s' for time in row)} |", flush=True)
+        for num_frames in arguments.num_frames:
+            num_frames = min(num_frames, seconds * FPS)
+            cells = measure(readers.values(), path, num_frames, arguments.repeat)
+            size = path.stat().st_size / 1e6
+            print(f"| {seconds} | {size:.0f} | {num_frames} | {' | '.join(cells)} |", flush=True)
+
+
+def has_torchcodec():
+    try:
+        from torchcodec.decoders import VideoDecoder  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        # Not installed, or there is no FFmpeg for it.
+        return False
+    return True
 
 
 def make_file(folder, seconds):
@@ -68,14 +90,37 @@ def repeat_piece(piece, path, times):
                         target.mux(packet)
 
 
-def fastest(read, path, arguments):
-    times = []
-    for _ in range(arguments.repeat):
-        begin = time.perf_counter()
-        frames = read(path, arguments.num_frames)
-        times.append(time.perf_counter() - begin)
-        assert frames.shape == (arguments.num_frames, HEIGHT, WIDTH, 3)
-    return min(times)
+def measure(readers, path, num_frames, repeat):
+    """One cell of the table for each reader."""
+    alone, in_turns = {}, {}
+    for read in readers:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            alone[read] = pool.apply(run, (read, path, num_frames))
+        in_turns[read] = [alone[read]] if alone[read][0] > LONG else []
+    readers = [read for read in readers if alone[read][0] <= LONG]
+    for number in range(repeat if readers else 0):
+        # What is read first may get memory that the system had taken back, which takes longer.
+        first = number % len(readers)
+        for read in readers[first:] + readers[:first]:
+            in_turns[read].append(run(read, path, num_frames))
+    times = [[statistics.median(values) for values in zip(*results)] for results in in_turns.values()]
+    return [
+        f"{wall:.2f} s, {cpu:.2f} s, {memory:.0f} MiB" for (wall, cpu, _), (_, _, memory) in zip(times, alone.values())
+    ]
+
+
+def run(read, path, num_frames):
+    memory = peak_memory()
+    wall, cpu = time.perf_counter(), time.process_time()
+    frames = read(path, num_frames)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    assert frames.shape == (num_frames, HEIGHT, WIDTH, 3)
+    return wall, cpu, peak_memory() - memory
+
+
+def peak_memory():
+    """In MiB, by Linux. What `getrusage` says begins with that of the process that started this one."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def choose(num_frames, total):
@@ -86,16 +131,17 @@ def read_by_seeking(path, num_frames):
     return read_video(path, lambda metadata: choose(num_frames, metadata.total_num_frames))[0]
 
 
-def read_in_order(path, num_frames):
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        frames = InOrderDecoder(stream).read(choose(num_frames, stream.frames))
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
+def read_natively(path, num_frames, backend="pyav"):
+    return load_video(
+        str(path),
+        backend=backend,
+        sample_indices_fn=lambda metadata, **_: choose(num_frames, metadata.total_num_frames),
+    )[0]
 
 
-def read_natively(path, num_frames):
-    return load_video(str(path), num_frames=num_frames, backend="pyav")[0]
+def read_by_torchcodec(path, num_frames):
+    # Channels come first.
+    return read_natively(path, num_frames, "torchcodec").permute(0, 2, 3, 1).numpy()
 
 
 if __name__ == "__main__":

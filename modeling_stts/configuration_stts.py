@@ -11,19 +11,22 @@ METHODS = ("scorer", "similarity", "random")
 POSITION_IDS = ("original", "compact")
 
 
-def check_prune_ratio(prune_ratio: float) -> float:
+def check_prune_ratio(prune_ratio: float | list[float]) -> float | list[float]:
     """
-    Checks a fraction of windows to remove.
+    Checks a fraction of windows to remove, or one for each video.
 
     Args:
-        prune_ratio (`float`): fraction of a video's windows to remove, `0 <= prune_ratio < 1`; 0 removes nothing.
+        prune_ratio (`float` or `list[float]`):
+            Fraction of a video's windows to remove, `0 <= prune_ratio < 1`; 0 removes nothing.
 
     Returns:
-        `float`: the same number.
+        `float` or `list[float]`: the same.
 
     Raises:
-        ValueError: if it is not a number in that range (NaN is not).
+        ValueError: if one is not a number in that range (NaN is not).
     """
+    if isinstance(prune_ratio, (list, tuple)):
+        return [check_prune_ratio(one) for one in prune_ratio]
     is_number = isinstance(prune_ratio, Real) and not isinstance(prune_ratio, bool)
     if not is_number or not 0 <= prune_ratio < 1:
         raise ValueError(

@@ -23,7 +23,8 @@ STOCK_PARAMETERS = (
     "continue_final_message",
     "skip_special_tokens",
 )
-SAMPLING_PARAMETERS = ("num_frames", "fps", "max_fps", "start", "end", "only_keyframes")
+BUDGET_PARAMETERS = ("frame_scale", "max_video_tokens")
+SAMPLING_PARAMETERS = ("num_frames", "fps", "max_fps", "start", "end", "only_keyframes", *BUDGET_PARAMETERS)
 PARAMETERS = (*STOCK_PARAMETERS, *SAMPLING_PARAMETERS, "prune_ratio", "processor_kwargs", "num_workers")
 # Settings of `generate` that may be given without `generate_kwargs`.
 GENERATION_PARAMETERS = frozenset(vars(GenerationConfig())) - {"max_new_tokens"}
@@ -73,16 +74,23 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
 
         Args:
             videos:
-                A video (`str` or `os.PathLike`: file, folder of images or http(s) address; or frames as an array of
-                shape `(num_frames, num_channels, height, width)` or `(num_frames, height, width, num_channels)` or as
-                a list of images), a list of videos, or chats as for `text`.
+                A video (`str` or `os.PathLike`: file, folder of images or address; `bytes` or a file that is open in
+                binary mode; or frames as an array of shape `(num_frames, num_channels, height, width)` or
+                `(num_frames, height, width, num_channels)` or as a list of images), a list of videos, or chats as for
+                `text`.
             text (`str`, `list[str]`, `list[dict]` or `list[list[dict]]`, *optional*):
                 The question for all videos or one for each; or, without `videos`, a chat or a list of chats.
             batch_size (`int`, *optional*): how many items of a list run at once; 1 if not given.
             max_new_tokens (`int`, *optional*): how many tokens to generate at most.
             generate_kwargs (`dict`, *optional*): arguments of the model's `generate`.
             prune_ratio (`float`, *optional*):
-                Fraction of each video's windows to remove, `0 <= prune_ratio < 1`. The model's own if not given.
+                Fraction of each video's windows to remove, `0 <= prune_ratio < 1`. The model's own if not given. More
+                is removed where the next two need it.
+            frame_scale (`int` or `float`, *optional*):
+                So many times as many frames, at most all; of each video as many tokens remain as without it.
+            max_video_tokens (`int`, *optional*):
+                At most so many tokens of each video remain, its frames' time stamps and marks not counted. Where more
+                than 80 % would have to be removed, fewer frames are sampled.
             num_frames (`int`, *optional*): how many frames to sample. The processor's own number if not given.
             fps (`int` or `float`, *optional*): how many frames a second to sample, instead of `num_frames`.
             max_fps (`int` or `float`, *optional*): at most so many frames a second, with `num_frames`.
@@ -100,7 +108,8 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
 
         Raises:
             TypeError: if an argument is not known.
-            ValueError: if videos and texts do not fit together, or a video cannot be read.
+            ValueError:
+                if videos and texts do not fit together, a video cannot be read, or an argument is out of range.
         """
         _check_names(kwargs)
         questions, is_list = _make_questions(videos, text)
@@ -130,7 +139,7 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
             # An empty one would replace what the pipeline was made with; likewise the default below.
             del forward["generate_kwargs"]
         if prune_ratio is not None:
-            forward["prune_ratio"] = prune_ratio
+            preprocess["prune_ratio"] = prune_ratio
         if all(kwargs.get(name) is None for name in ("return_full_text", "return_tensors", "return_type")):
             postprocess.pop("return_type", None)
         return preprocess, forward, postprocess
@@ -140,6 +149,7 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
         inputs: tuple[VideoQuestion, ...],
         continue_final_message: bool | None = None,
         processor_kwargs: dict | None = None,
+        prune_ratio: float | None = None,
         **sampling,
     ) -> BatchFeature:
         """
@@ -151,23 +161,43 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
                 Whether chats end in an answer to go on with. By default they do if the last message is the
                 assistant's.
             processor_kwargs (`dict`, *optional*): arguments of the processor.
+            prune_ratio (`float`, *optional*): for the model, or for the processor to go up from.
             sampling: those of `SAMPLING_PARAMETERS`.
 
         Returns:
-            `BatchFeature`: what the processor returns for the batch, padded on the left, and `text`, the prompts.
+            `BatchFeature`: what the processor returns for the batch, padded on the left, `prune_ratio` where it is not
+            the model's, and `text`, the prompts.
 
         Raises:
-            ValueError: if only some chats of the batch end in an answer to go on with.
+            ValueError:
+                if only some chats of the batch end in an answer to go on with, or the model does not count some
+                frames, so that the processor cannot say how many tokens remain.
         """
         sampling = {name: value for name, value in sampling.items() if value is not None}
         processor_kwargs = {"padding": True, "padding_side": "left", **(processor_kwargs or {}), **sampling}
+        if self._has_budget(processor_kwargs):
+            default = self.model.config.stts_config.prune_ratio
+            processor_kwargs.setdefault("prune_ratio", default if prune_ratio is None else prune_ratio)
         if self.processor.chat_template is None and not isinstance(inputs[0].prompt, Chat):
             model_inputs = self._fill_prompts(inputs, processor_kwargs)
         else:
             model_inputs = self._fill_chats(inputs, continue_final_message, processor_kwargs)
         model_inputs = model_inputs.to(dtype=self.dtype)
+        if prune_ratio is not None:
+            model_inputs.setdefault("prune_ratio", prune_ratio)
         model_inputs["text"] = [question.prompt for question in inputs]
         return model_inputs
+
+    def _has_budget(self, processor_kwargs: dict) -> bool:
+        saved = {name: getattr(self.processor.video_processor, name) for name in BUDGET_PARAMETERS}
+        asked = {name: value for name, value in (saved | processor_kwargs).items() if name in saved}
+        if all(value is None for value in asked.values()):
+            return False
+        if self.model.config.stts_config.prune_from_frame > 0:
+            raise ValueError(
+                f"{asked} needs a model with `prune_from_frame`=0, whose tokens can be counted beforehand."
+            )
+        return True
 
     def _fill_prompts(self, questions: tuple[VideoQuestion, ...], processor_kwargs: dict) -> BatchFeature:
         videos = [question.video for question in questions if question.video is not None]
@@ -193,14 +223,6 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
             continue_final_message=continue_final_message,
             processor_kwargs=processor_kwargs,
         )
-
-    def _forward(
-        self, model_inputs: dict, generate_kwargs: dict | None = None, prune_ratio: float | None = None
-    ) -> dict:
-        generate_kwargs = dict(generate_kwargs or {})
-        if prune_ratio is not None:
-            generate_kwargs["prune_ratio"] = prune_ratio
-        return super()._forward(model_inputs, generate_kwargs)
 
     def postprocess(self, model_outputs: dict, return_type: ReturnType | None = None, **kwargs) -> list[list[dict]]:
         """

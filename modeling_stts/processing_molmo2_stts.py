@@ -6,7 +6,7 @@ from transformers import BatchFeature, Molmo2Processor
 from transformers.image_utils import ImageInput
 from transformers.video_utils import VideoInput, is_valid_video, make_batched_videos
 
-from .stts_video import paths_as_strings
+from .stts_video import as_strings
 
 
 if TYPE_CHECKING:
@@ -19,14 +19,17 @@ class Molmo2SttsProcessor(Molmo2Processor):
     Differences from `Molmo2Processor`:
     - Batches are padded, and on the left, as generation needs it, whatever the tokenizer's setting; a call's `padding`
       and `padding_side` replace that.
-    - Videos may be path objects.
+    - Videos may be path objects, bytes and open files.
     - Each frame's time in the prompt is when the file presents it, in seconds after the first frame; natively it is
       the frame's number divided by the average rate.
+    - `frame_scale` and `max_video_tokens` add `prune_ratio` (`list[float]`, one for each video) to what is returned.
     - Lists of videos for each prompt are compared with that prompt's placeholders; natively only the sums are, and
       those not before transformers 5.23.
     """
 
     _auto_class = "AutoProcessor"
+    # Tensors of ratios would lose digits where inputs are cast to the model's dtype.
+    skip_tensor_conversion = [*Molmo2Processor.skip_tensor_conversion, "prune_ratio"]
 
     def __call__(
         self,
@@ -51,7 +54,7 @@ class Molmo2SttsProcessor(Molmo2Processor):
         Raises:
             ValueError: if prompts and videos do not fit together or a video cannot be read.
         """
-        videos = paths_as_strings(videos)
+        videos = as_strings(videos)
         if text is not None:
             self._check_video_counts([text] if isinstance(text, str) else text, videos)
         padding = {"padding": True, "padding_side": "left"}

@@ -1,6 +1,6 @@
 """Finds and decodes chosen frames of an open video stream with PyAV. Knows no files and no sampling."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -10,6 +10,8 @@ import numpy as np
 # Codecs whose every packet holds exactly one shown frame. In others (VP8, MPEG-4) some packets show nothing, and how
 # many of them a skipped part has, is not known.
 ONE_FRAME_A_PACKET = frozenset({"av1", "h264", "hevc", "mjpeg", "prores", "vp9"})
+# Codecs whose frames say whether any other frame refers to them. In HEVC they only say it for their own layer.
+SAYS_WHAT_IS_REFERRED_TO = frozenset({"h264"})
 
 
 class UnexpectedFrameError(Exception):
@@ -101,7 +103,8 @@ def read_packets(stream: Any) -> Packets:
 
 class SeekingDecoder:
     """
-    Decodes frames from the keyframes before them, and checks each one that comes against the packets.
+    Decodes frames from the keyframes before them, and checks each one that comes against the packets. What is neither
+    asked for nor referred to is left out, where the codec says so.
 
     Args:
         stream (`av.VideoStream`): of an open container.
@@ -117,6 +120,7 @@ class SeekingDecoder:
         self.frame: Any = None
         self.num_fed = -1
         self.next_frame = 0
+        self.needed: Container[int] = range(len(packets.pts))
 
     def read(self, indices: list[int]) -> Iterator[Any]:
         """
@@ -130,6 +134,8 @@ class SeekingDecoder:
             UnexpectedFrameError: if other frames come than the packets announce.
             FFmpegError: if the stream cannot be read or decoded.
         """
+        if self.stream.codec_context.codec.canonical_name in SAYS_WHAT_IS_REFERRED_TO:
+            self.needed = frozenset(self.packets.shown[[0, *indices]].tolist())
         try:
             # A stream may begin with frames that cannot be decoded, which would shift all others.
             self._read_one(0)
@@ -153,15 +159,24 @@ class SeekingDecoder:
         self.next_frame = int(np.searchsorted(self.times, first_time))
         self.num_fed = start
         for packet in self._packets_from(start):
+            self.stream.codec_context.skip_frame = "DEFAULT" if self.num_fed in self.needed else "NONREF"
             self.num_fed += 1
             for frame in packet.decode():
                 if start and frame.pts is not None and frame.pts < first_time:
                     # It leads an open group of pictures, and what it refers to was not decoded.
                     continue
-                if self.next_frame == len(self.times) or frame.pts != self.times[self.next_frame] or frame.is_corrupt:
-                    raise UnexpectedFrameError(f"Frame {self.next_frame} is not what came at {frame.pts}.")
-                self.next_frame += 1
+                self._count_up_to(frame)
                 yield frame
+
+    def _count_up_to(self, frame: Any) -> None:
+        """Raises if it is not the frame that comes next, or next after some that may be left out."""
+        for index in range(self.next_frame, len(self.times)):
+            if frame.pts == self.times[index] and not frame.is_corrupt:
+                self.next_frame = index + 1
+                return
+            if self.packets.shown[index] in self.needed:
+                break
+        raise UnexpectedFrameError(f"Frame {self.next_frame} is not what came at {frame.pts}.")
 
     def _packets_from(self, start: int) -> Iterator[Any]:
         self.stream.container.seek(int(self.packets.dts[start]), stream=self.stream)

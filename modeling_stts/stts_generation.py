@@ -135,15 +135,16 @@ class SttsGenerationMixin(GenerationMixin):
         assistant_model=None,
         streamer: BaseStreamer | None = None,
         *,
-        prune_ratio: float | None = None,
+        prune_ratio: float | list[float] | None = None,
         **kwargs,
     ):
         """
         As `GenerationMixin.generate`, with one more argument.
 
         Args:
-            prune_ratio (`float`, *optional*):
-                Fraction of each video's windows to remove in this call; the configuration's by default.
+            prune_ratio (`float` or `list[float]`, *optional*):
+                Fraction of each video's windows to remove in this call, one for all videos or one for each; the
+                configuration's by default.
 
         Raises:
             ValueError: if the ratio is out of range, the prompt does not fit its videos or the model's positions, or
@@ -174,7 +175,7 @@ class SttsGenerationMixin(GenerationMixin):
         return outputs if uncut is None else _restore_prompt(outputs, uncut)
 
     def _cut_for_generation(
-        self, settings: "_Settings", prune_ratio: float | None, kwargs: dict[str, Any]
+        self, settings: "_Settings", prune_ratio: float | list[float] | None, kwargs: dict[str, Any]
     ) -> tuple[UncutPrompt | None, PromptCut | None]:
         """Encodes and cuts in place; returns the prompt to restore and the cut to remember, where there are any."""
         earlier = remembered_cut(kwargs.get("past_key_values"))
@@ -189,7 +190,7 @@ class SttsGenerationMixin(GenerationMixin):
         return self._cut_first_turn(settings, prune_ratio, kwargs)
 
     def _cut_first_turn(
-        self, settings: "_Settings", prune_ratio: float | None, kwargs: dict[str, Any]
+        self, settings: "_Settings", prune_ratio: float | list[float] | None, kwargs: dict[str, Any]
     ) -> tuple[UncutPrompt | None, PromptCut | None]:
         input_ids = kwargs.get("input_ids")
         if input_ids is None and kwargs.get("inputs_embeds") is None:

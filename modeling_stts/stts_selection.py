@@ -51,27 +51,35 @@ def count_pruned_windows(num_frames: int, num_windows: int, prune_ratio: float, 
     return max(0, min(count, num_windows * (num_frames - 1)))
 
 
-def plan_pruning(video_grids: list[list[int]], prune_ratio: float, prune_from_frame: int = 0) -> PrunePlan:
+def plan_pruning(
+    video_grids: list[list[int]], prune_ratio: float | list[float], prune_from_frame: int = 0
+) -> PrunePlan:
     """
     Plans the pruning of a batch of videos.
 
     Args:
         video_grids (`list[list[int]]`): frames, rows and columns of windows of each video.
-        prune_ratio (`float`): fraction of each video's windows to remove, `0 <= prune_ratio < 1`.
+        prune_ratio (`float` or `list[float]`):
+            Fraction of each video's windows to remove, `0 <= prune_ratio < 1`; one for all videos or one for each.
         prune_from_frame (`int`): frames of a video that do not count.
 
     Returns:
         `PrunePlan`
 
     Raises:
-        ValueError: if the videos have different grids.
+        ValueError: if the videos have different grids, or there are not as many ratios as videos.
     """
     grids = {(rows, cols) for _, rows, cols in video_grids}
     if len(grids) != 1:
         raise ValueError(f"All videos of a batch must have one grid of windows, got {sorted(grids)} (rows, columns).")
     ((rows, cols),) = grids
     num_frames = [frames for frames, _, _ in video_grids]
-    num_pruned = [count_pruned_windows(frames, rows * cols, prune_ratio, prune_from_frame) for frames in num_frames]
+    ratios = prune_ratio if isinstance(prune_ratio, list) else [prune_ratio] * len(num_frames)
+    if len(ratios) != len(num_frames):
+        raise ValueError(f"Got {len(ratios)} values of `prune_ratio` for {len(num_frames)} videos.")
+    num_pruned = [
+        count_pruned_windows(frames, rows * cols, ratio, prune_from_frame) for frames, ratio in zip(num_frames, ratios)
+    ]
     return PrunePlan(num_frames, rows, cols, num_pruned)
 
 

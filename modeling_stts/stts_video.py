@@ -3,12 +3,13 @@
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
 from io import BytesIO
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from huggingface_hub.hf_file_system import fsspec  # which it depends on, and to which it gave `hf://`
 from huggingface_hub.utils import httpx
 from transformers.video_utils import VideoMetadata
 
@@ -21,6 +22,7 @@ from .stts_decoding import (
     import_av,
     read_packets,
 )
+from .stts_hdr import HLG, PQ, to_sdr
 
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -51,22 +53,50 @@ class TimedVideoMetadata(VideoMetadata):
         return [self.frame_times[index] for index in self.frames_indices]
 
 
+@runtime_checkable
+class BinaryFile(Protocol):
+    """An open file: what `open(path, "rb")`, `BytesIO` and fsspec return."""
+
+    def read(self, size: int = -1) -> bytes: ...
+    def seek(self, offset: int, whence: int = 0) -> int: ...
+    def tell(self) -> int: ...
+
+
+class NamedContent(str):
+    """
+    What a video is called in messages, as a string: native code takes videos that are given as strings for paths and
+    hands them on to be read.
+
+    content (`bytes` or `BinaryFile`): the video itself.
+    """
+
+    content: bytes | BinaryFile
+
+    def __new__(cls, name: str, content: bytes | BinaryFile):
+        named = super().__new__(cls, name)
+        named.content = content
+        return named
+
+
 def read_video(
-    path: str | os.PathLike, sample_indices_fn: Callable[..., Any] | None = None
+    video: str | os.PathLike | bytes | BinaryFile, sample_indices_fn: Callable[..., Any] | None = None
 ) -> tuple[np.ndarray, TimedVideoMetadata]:
     """
     Reads the packets of a file once, then decodes the sampled frames from the keyframes before them.
 
     Frames count in order of presentation. Where frames cannot be found by the packets' times, the file is decoded from
     its start. A file that ends at most `max(2, 2 %)` frames before its header says so is sampled from its real number
-    of frames. Rotated recordings (phones) are turned upright, and pixels are made square. All frames get the size of
-    the first sampled one.
+    of frames. Rotated recordings (phones) are turned upright, and pixels are made square. High dynamic range (PQ, HLG)
+    becomes ordinary range. All frames get the size of the first sampled one.
 
     The images of a folder are the frames of a video in the order of their names, numbers in names counted as numbers.
     Their rate is not known.
 
     Args:
-        path (`str` or `os.PathLike`): a local file, an http(s) address, or a folder of images.
+        video (`str`, `os.PathLike`, `bytes` or `BinaryFile`):
+            A local file; a folder of images; an address that starts with `http(s)://`, `hf://` or another protocol of
+            fsspec; the content of a file; or a file that is open in binary mode and can seek, which stays open, at
+            the place where it is.
         sample_indices_fn (`Callable`, *optional*):
             Called as `sample_indices_fn(metadata=metadata)`, returns ascending, unique frame indices in
             `[0, metadata.total_num_frames)`. All frames if not given.
@@ -78,14 +108,44 @@ def read_video(
 
     Raises:
         ValueError:
-            if the path is not a folder of images or a file with a video stream whose sampled frames can all be
-            decoded, or the sampling function refuses it.
+            if it is not a folder of images or a file with a video stream whose sampled frames can all be decoded, or
+            the sampling function refuses it.
         ImportError: if PyAV is not installed.
     """
-    path = os.fspath(path)
-    if os.path.isdir(path):
+    path = as_string(video)
+    if os.path.isdir(path) and not isinstance(path, NamedContent):
         return _read_folder(path, sample_indices_fn)
-    source = _find_source(path)
+    with _open_source(path) as source:
+        return _read_source(path, source, sample_indices_fn)
+
+
+def as_string(video: Any) -> str:
+    """
+    A video as the string by which it is known: a path, an address or `NamedContent`.
+
+    Args:
+        video (`str`, `os.PathLike`, `bytes` or `BinaryFile`): see `read_video`. Anything else is returned as it is.
+    """
+    if isinstance(video, os.PathLike):
+        return os.fspath(video)
+    if isinstance(video, (bytes, bytearray, memoryview)):
+        return NamedContent(f"<{len(video)} bytes>", bytes(video))
+    if isinstance(video, BinaryFile):
+        name = getattr(video, "name", None)
+        return NamedContent(name if isinstance(name, str) else f"<{type(video).__name__}>", video)
+    return video
+
+
+def as_strings(videos: Any) -> Any:
+    """Does `as_string` with every video of an input, nested lists included."""
+    if isinstance(videos, (list, tuple)):
+        return [as_strings(video) for video in videos]
+    return as_string(videos)
+
+
+def _read_source(
+    path: str, source: str | BinaryFile, sample_indices_fn: Callable | None
+) -> tuple[np.ndarray, TimedVideoMetadata]:
     with _open_stream(path, source) as stream:
         packets = read_packets(stream)
         _check_packets(path, stream, packets)
@@ -100,43 +160,69 @@ def read_video(
     return _read_in_order(path, source, metadata, sample_indices_fn)
 
 
-def paths_as_strings(videos: Any) -> Any:
-    """Turns every path object of a video input, nested lists included, into a string."""
-    if isinstance(videos, os.PathLike):
-        return os.fspath(videos)
-    if isinstance(videos, (list, tuple)):
-        return [paths_as_strings(video) for video in videos]
-    return videos
+@contextmanager
+def _open_source(path: str) -> Iterator[str | BinaryFile]:
+    """
+    Gives an absolute path (a relative one with a colon would be read as an address) or an open file, which is closed
+    afterwards, or set back to its place if it is the caller's.
+    """
+    if isinstance(path, NamedContent) or "://" in path:
+        with _open_file(path) as file:
+            _check_size(path, file.seek(0, os.SEEK_END))
+            yield file
+    elif not os.path.exists(path):
+        raise ValueError(f"{path} does not exist; a video must be a file, a folder of images or an address.")
+    else:
+        # A device or a pipe has no size.
+        _check_size(path, os.path.getsize(path) if os.path.isfile(path) else None)
+        yield os.path.abspath(path)
 
 
-def _find_source(path: str) -> str | bytes:
-    """An absolute path (a relative one with a colon would be read as an address), or what was downloaded."""
-    if path.startswith(("http://", "https://")):
-        return _download(path)
-    if not os.path.exists(path):
-        raise ValueError(f"{path} does not exist; a video must be a file, a folder of images or an http(s) address.")
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        raise ValueError(f"{path} is empty (0 bytes), so it is not a video.")
-    return os.path.abspath(path)
-
-
-def _download(url: str) -> bytes:
-    try:
-        content = httpx.get(url, follow_redirects=True).raise_for_status().content
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ValueError(f"{url} cannot be downloaded: {error}") from error
-    if not content:
-        raise ValueError(f"{url} is empty (0 bytes), so it is not a video.")
-    return content
+def _open_file(path: str) -> AbstractContextManager[BinaryFile]:
+    if not isinstance(path, NamedContent):
+        return _open_address(path)
+    return BytesIO(path.content) if isinstance(path.content, bytes) else _keep_place(path)
 
 
 @contextmanager
-def _open_stream(path: str, source: str | bytes) -> Iterator[Any]:
+def _keep_place(path: NamedContent) -> Iterator[BinaryFile]:
+    file = path.content
+    try:
+        place = file.tell()
+        is_binary = isinstance(file.read(0), bytes)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is an open file that cannot be read and sought: {error}") from error
+    if not is_binary:
+        raise ValueError(f'{path} is a file in text mode; open it with mode "rb".')
+    try:
+        yield file
+    finally:
+        file.seek(place)
+
+
+def _open_address(url: str) -> BinaryFile:
+    try:
+        if url.startswith(("http://", "https://")):
+            return BytesIO(httpx.get(url, follow_redirects=True).raise_for_status().content)
+        return fsspec.open(url, mode="rb").open()
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{url} cannot be opened: {error}") from error
+
+
+def _check_size(path: str, size: int | None) -> None:
+    if size == 0:
+        raise ValueError(f"{path} is empty (0 bytes), so it is not a video.")
+
+
+@contextmanager
+def _open_stream(path: str, source: str | BinaryFile) -> Iterator[Any]:
     av = import_av()
     try:
-        with av.open(BytesIO(source) if isinstance(source, bytes) else source, metadata_errors="replace") as container:
+        if not isinstance(source, str):
+            source.seek(0)
+        with av.open(source, mode="r", metadata_errors="replace") as container:
             yield _video_stream(path, container)
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, OSError) as error:
         raise ValueError(f"{path} is not a video that FFmpeg can read: {error}") from error
 
 
@@ -150,6 +236,8 @@ def _video_stream(path: str, container: Any) -> Any:
         raise ValueError(f"{path} has no video stream (streams: {[stream.type for stream in container.streams]}).")
     if streams[0].codec_context is None:
         raise ValueError(f"{path} has a video stream in a format that FFmpeg cannot decode.")
+    # Before anything is decoded, because a decoder takes the memory for a whole frame. 0 where it is not known.
+    _check_num_pixels(path, streams[0].width or 1, streams[0].height or 1)
     streams[0].thread_type = "AUTO"
     return streams[0]
 
@@ -229,7 +317,7 @@ def _sample(path: str, metadata: TimedVideoMetadata, sample_indices_fn: Callable
 
 
 def _read_in_order(
-    path: str, source: str | bytes, metadata: TimedVideoMetadata, sample_indices_fn: Callable | None
+    path: str, source: str | BinaryFile, metadata: TimedVideoMetadata, sample_indices_fn: Callable | None
 ) -> tuple[np.ndarray, TimedVideoMetadata]:
     with _open_stream(path, source) as stream:
         decoder = InOrderDecoder(stream)
@@ -282,7 +370,7 @@ def _natural_order(name: str) -> list[tuple[bool, int, str]]:
 
 
 def _read_image(path: str) -> Any:
-    with _open_stream(path, _find_source(path)) as stream:
+    with _open_source(path) as source, _open_stream(path, source) as stream:
         for frame in stream.container.decode(stream):
             return frame
     raise ValueError(f"{path} has no image that can be decoded.")
@@ -294,8 +382,7 @@ def _stack(path: str, frames: Iterator[Any], metadata: TimedVideoMetadata, strea
         if slot == 0:
             # The size may change within a stream; all frames get the first one's.
             size = _shown_size(path, frame, stream.sample_aspect_ratio if stream else None)
-        image = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
-        image = np.rot90(image, round(frame.rotation / 90))
+        image = np.rot90(_to_rgb(frame, size, stream), round(frame.rotation / 90))
         if slot == 0:
             stacked = np.empty((len(stacked), *image.shape), dtype=np.uint8)
         stacked[slot] = image
@@ -303,12 +390,23 @@ def _stack(path: str, frames: Iterator[Any], metadata: TimedVideoMetadata, strea
     return stacked
 
 
+def _to_rgb(frame: Any, size: tuple[int, int], stream: Any) -> np.ndarray:
+    transfer = stream.codec_context.color_trc if stream else None
+    if transfer not in (PQ, HLG):
+        return frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
+    return to_sdr(frame.to_ndarray(format="rgb48le", width=size[0], height=size[1]), transfer)
+
+
 def _shown_size(path: str, frame: Any, pixel_ratio: Fraction | None) -> tuple[int, int]:
     """Width and height of a frame with square pixels, before it is turned upright."""
     width, height = round(frame.width * (pixel_ratio or 1)), frame.height
-    if not 0 < width * height <= MAX_PIXELS:
-        raise ValueError(f"{path} has frames of {width} x {height} pixels; at most {MAX_PIXELS} pixels are read.")
+    _check_num_pixels(path, width, height)
     return width, height
 
 
-__all__ = ["TimedVideoMetadata", "paths_as_strings", "read_video"]
+def _check_num_pixels(path: str, width: int, height: int) -> None:
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ValueError(f"{path} has frames of {width} x {height} pixels; at most {MAX_PIXELS} pixels are read.")
+
+
+__all__ = ["TimedVideoMetadata", "as_string", "as_strings", "read_video"]

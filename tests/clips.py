@@ -50,6 +50,31 @@ def add_stream(container, codec, fps=4, gop_size=5, pix_fmt="yuv420p", side=SIDE
     return stream
 
 
+def write_hdr_clip(path, codes, transfer, codec):
+    """
+    A clip of three frames with a gray bar for each code value in [0, 1], of ten bits in BT.2020; `transfer` is
+    FFmpeg's number of the curve. Returns its path.
+    """
+    name = {1: "bt709", 2: "undef", 14: "bt2020-10", 16: "smpte2084", 18: "arib-std-b67"}[transfer]
+    options = {"x265-params": f"log-level=none:bframes=0:transfer={name}"} if codec == "libx265" else {}
+    levels = np.round(64 + 876 * np.array(codes)).astype(np.uint16).repeat(SIDE // 4)
+    with av.open(str(path), mode="w") as container:
+        stream = add_stream(container, codec, pix_fmt="yuv420p10le", crf="5", **options)
+        stream.width = len(levels)
+        context = stream.codec_context
+        context.color_primaries, context.color_trc, context.colorspace, context.color_range = 9, transfer, 9, 1
+        frame = av.VideoFrame(len(levels), SIDE, "yuv420p10le")
+        for plane, row in zip(frame.planes, (levels, np.full(len(levels) // 2, 512), np.full(len(levels) // 2, 512))):
+            padded = np.zeros((plane.height, plane.line_size // 2), dtype=np.uint16)
+            padded[:, : plane.width] = row
+            plane.update(padded)
+        for number in range(3):
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
 def silence():
     """A sound frame that an encoder takes."""
     frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")

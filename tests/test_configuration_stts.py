@@ -40,6 +40,9 @@ def test_defaults_are_the_papers():
 def test_whole_numbers_are_ratios_too():
     assert check_prune_ratio(0) == 0.0
     assert check_prune_ratio(np.float32(0.5)) == 0.5
+    assert check_prune_ratio([0, 0.5]) == [0.0, 0.5]
+    with pytest.raises(ValueError, match="got 1.0"):
+        check_prune_ratio([0.5, 1.0])
     assert SttsConfig(prune_ratio=0).prune_ratio == 0
 
 

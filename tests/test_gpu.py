@@ -11,7 +11,12 @@ from test_modeling_molmo2_stts import labels_of
 
 import modeling_stts.modeling_molmo2_stts as modeling
 from hub_upload.tiny import tiny_config
-from modeling_stts import Molmo2SttsConfig, Molmo2SttsForConditionalGeneration, Molmo2SttsModel
+from modeling_stts import (
+    Molmo2SttsConfig,
+    Molmo2SttsForConditionalGeneration,
+    Molmo2SttsModel,
+    Molmo2SttsVideoProcessor,
+)
 
 
 pytestmark = pytest.mark.gpu
@@ -169,3 +174,16 @@ def test_no_waiting_for_the_device_in_the_vision_part(real_vit):
             real_vit.get_video_features(**video, prune_ratio=0.8)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_frames_are_resized_on_the_device_that_is_asked_for():
+    video = torch.randint(0, 256, (9, 720, 1280, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    processor = Molmo2SttsVideoProcessor()
+    on_cpu, on_gpu = (
+        processor(video, do_sample_frames=False, return_tensors="pt", device=device) for device in ("cpu", "cuda")
+    )
+    assert on_gpu["pixel_values_videos"].device.type == "cuda"
+    # Half a level between two values of uint8 may be rounded either way: one level is 2 / 255.
+    difference = (on_gpu["pixel_values_videos"].cpu() - on_cpu["pixel_values_videos"]).abs()
+    assert difference.max() <= 2.01 / 255 and (difference > 1e-6).float().mean() < 1e-3
+    assert torch.equal(on_gpu["video_token_pooling"].cpu(), on_cpu["video_token_pooling"])

@@ -89,6 +89,17 @@ def test_kinds_of_paths(pipe, calls, clips, as_type):
         assert calls[-1]["video_grids"].tolist() == [[3, 9, 9]]
 
 
+def test_bytes_and_open_files(pipe, calls, clips):
+    path = Path(clips[0])
+    for _ in range(2):
+        pipe(path.read_bytes(), text="Hi")
+        assert calls[-1]["video_grids"].tolist() == [[3, 9, 9]]
+    with path.open("rb") as file:
+        pipe([file, Path(clips[1]).read_bytes()], text="Hi")
+        pipe(question(file))
+    assert [call["video_grids"][:, 0].tolist() for call in calls[2:]] == [[3, 6], [3]]
+
+
 @pytest.mark.parametrize(
     "as_video",
     [
@@ -204,6 +215,34 @@ def test_sampling_is_passed_on(pipe, calls, clips):
         assert calls[-1]["video_grids"][0, 0] == num_frames
     with pytest.raises(ValueError, match="got num_frames=2 and fps=1"):
         pipe(clips[1], text="Hi", num_frames=2, fps=1)
+
+
+def test_tokens_that_remain(pipe, calls, clips):
+    pipe(clips, text="Hi", max_video_tokens=162, **GREEDY)
+    assert calls[-1]["video_grids"][:, 0].tolist() == [3, 6, 4]
+    assert calls[-1]["prune_ratio"] == [0.5, (4 * 81 + 0.5) / (6 * 81), 0.5]
+    pipe(clips[1], text="Hi", frame_scale=2, num_frames=3, prune_ratio=0.2, **GREEDY)
+    assert calls[-1]["video_grids"][:, 0].tolist() == [6]
+    assert calls[-1]["prune_ratio"] == [(6 * 81 - (243 - 48) + 0.5) / (6 * 81)]
+    pipe(text="Hi", max_video_tokens=162, **GREEDY)
+    assert "prune_ratio" not in calls[-1]
+    pipe.processor.video_processor.max_video_tokens = 162
+    pipe(clips[1], text="Hi", prune_ratio=0.8, **GREEDY)
+    assert calls[-1]["prune_ratio"] == [0.8]
+    with pytest.raises(ValueError, match="`max_video_tokens` must be at least 81"):
+        pipe(clips[1], text="Hi", max_video_tokens=7)
+
+
+def test_tokens_that_remain_have_their_effect(pipe, clips):
+    answer = pipe(clips[1], text="Hi", max_video_tokens=200, **GREEDY)[0]["generated_text"]
+    ratio = (6 * 81 - 200 + 0.5) / (6 * 81)
+    assert answer == expected_answer(pipe, clips[1], "Hi", prune_ratio=ratio)
+
+
+def test_tokens_that_cannot_be_counted_beforehand_are_refused(pipe, clips, monkeypatch):
+    monkeypatch.setattr(pipe.model.config.stts_config, "prune_from_frame", 2)
+    with pytest.raises(ValueError, match=r"'max_video_tokens': 200} needs a model with `prune_from_frame`=0"):
+        pipe(clips[1], text="Hi", max_video_tokens=200)
 
 
 def test_what_the_pipeline_was_made_with_is_kept_and_a_call_replaces_it(model, calls, clips):

@@ -1,3 +1,4 @@
+import io
 import json
 import re
 from pathlib import Path
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from clips import write_clip
+from inputs import lively_model
 from transformers import AutoProcessor
 
 from hub_upload.tiny import tiny_config, tiny_processor
@@ -76,6 +78,38 @@ def test_timestamps_of_a_variable_frame_rate(processor, tmp_path, name, codec):
     clip = write_clip(tmp_path / name, 6, fps=10, codec=codec, times=[5, 6, 7, 30, 50, 51])
     times = shown_times(processor, encode(processor, question(clip), num_frames=3, max_fps=100)["input_ids"][0])
     assert times == [0, 0.2, 4.5]
+
+
+def test_bytes_and_open_files_are_read_as_their_paths_are(processor, clips):
+    expected = encode(processor, [question(clip) for clip in clips])
+    with clips[1].open("rb") as file:
+        for videos in [[clips[0].read_bytes(), file], [io.BytesIO(clips[0].read_bytes()), str(clips[1])]]:
+            actual = encode(processor, [question(video) for video in videos])
+            assert all(torch.equal(actual[name], expected[name]) for name in expected)
+        assert file.read() == clips[1].read_bytes()
+
+
+def test_by_hand_the_model_takes_the_ratios_of_the_processor(processor, clips):
+    model, chats = lively_model(prune_ratio=0.25), [question(clip) for clip in clips]
+    ratio = model.config.stts_config.prune_ratio
+    for asked, counts, kept in [
+        ({"max_video_tokens": 300}, [8, 6], [300, 300]),
+        ({"max_video_tokens": 81}, [5, 5], [81, 81]),
+        ({"frame_scale": 2, "max_fps": 1}, [12, 6], [365, 183]),
+    ]:
+        inputs = encode(processor, chats, prune_ratio=ratio, **asked).to(dtype=torch.bfloat16)
+        assert inputs["video_grids"][:, 0].tolist() == counts
+        pixels = {name: inputs[name] for name in PIXELS}
+        pixels["pixel_values_videos"] = pixels["pixel_values_videos"].float()
+        with torch.no_grad():
+            features = model.get_video_features(**pixels, prune_ratio=inputs["prune_ratio"]).pooler_output
+        assert [len(video) for video in features] == kept
+        inputs["pixel_values_videos"] = pixels["pixel_values_videos"]
+        out = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+        cut = inputs["input_ids"].shape[1] - max(
+            inputs["attention_mask"].sum(1) - torch.tensor(counts) * 81 + torch.tensor(kept)
+        )
+        assert out.past_key_values.get_seq_length() == inputs["input_ids"].shape[1] - cut
 
 
 def test_timestamps_of_arrays_are_native(processor):

@@ -77,6 +77,12 @@ def test_videos_with_different_grids_are_refused():
         plan_pruning([[4, 9, 9], [4, 8, 8]], 0.5)
 
 
+def test_a_ratio_for_each_video():
+    assert plan_pruning([[4, 9, 9], [4, 9, 9]], [0.5, 0.25]).num_pruned == [162, 81]
+    with pytest.raises(ValueError, match="Got 1 values of `prune_ratio` for 2 videos"):
+        plan_pruning([[4, 9, 9], [4, 9, 9]], [0.5])
+
+
 def test_random_scores_follow_the_seed():
     assert torch.equal(random_scores(3, 81, seed=1), random_scores(3, 81, seed=1))
     assert not torch.equal(random_scores(3, 81, seed=1), random_scores(3, 81, seed=2))

@@ -1,6 +1,10 @@
 import functools
 import gc
 import http.server
+import io
+import os
+import resource
+import struct
 import sys
 import tempfile
 import threading
@@ -8,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import fsspec
 import numpy as np
 import pytest
 from clips import add_stream, number_image, read_numbers, silence, write_audio, write_clip
@@ -17,7 +22,10 @@ from PIL import Image
 from transformers.video_utils import VideoMetadata
 
 from modeling_stts import stts_video
-from modeling_stts.stts_video import paths_as_strings, read_video
+from modeling_stts.stts_video import as_string, as_strings, read_video
+
+
+MOVED = {"movflags": "faststart"}
 
 
 def every(step):
@@ -181,6 +189,21 @@ def test_frames_of_too_many_pixels_are_refused(tmp_path, monkeypatch):
             read_video(write_clip(tmp_path / "a.mp4", 3, codec=codec))
 
 
+def test_a_gigantic_size_in_the_header_takes_no_memory(tmp_path):
+    content = bytearray(write_clip(tmp_path / "a.gif", 6, codec="gif", encoder={"pix_fmt": "rgb8"}).read_bytes())
+    content[6:10] = struct.pack("<HH", 16000, 16000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="<BytesIO> has frames of 16000 x 16000 pixels"):
+        read_video(io.BytesIO(content))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # a frame of RGB takes 768,000 KiB
+
+
+def test_times_that_make_no_sense_do_not_make_more_frames(tmp_path):
+    frames, metadata = read_video(write_clip(tmp_path / "a.mkv", 4, 10, "libx264", times=[0, 1, 2, 2**45]))
+    assert read_numbers(frames) == [0, 1, 2, 3]
+    assert metadata.timestamps[:3] == [0, 0.1, 0.2] and metadata.timestamps[3] > 10**12
+
+
 def test_a_relative_name_with_a_colon_is_a_file(tmp_path, monkeypatch):
     write_clip(tmp_path / "a.mp4", 3).rename(tmp_path / "clip: one.mp4")
     monkeypatch.chdir(tmp_path)
@@ -197,14 +220,112 @@ def test_addresses_are_downloaded(tmp_path, server):
             read_video(f"{server}/{name}")
 
 
+KINDS = {
+    "bytes": lambda path: path.read_bytes(),
+    "bytearray": lambda path: bytearray(path.read_bytes()),
+    "BytesIO": lambda path: io.BytesIO(path.read_bytes()),
+    "file": lambda path: path.open("rb"),
+    "unbuffered file": lambda path: path.open("rb", buffering=0),
+    "memory://": lambda path: in_memory(path),
+    "file://": lambda path: path.as_uri(),
+}
+
+
+def in_memory(path):
+    fsspec.filesystem("memory").pipe(f"/{path.name}", path.read_bytes())
+    return f"memory://{path.name}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+# Found by seeking; decoded from the start; sampled twice, because it ends early.
+@pytest.mark.parametrize(
+    "name, codec, share", [("a.mp4", "libx264", 1), ("b.avi", "mpeg4", 1), ("c.mp4", "mpeg4", 0.99)]
+)
+def test_kinds_of_input(tmp_path, kind, name, codec, share):
+    path = cut_file(write_clip(tmp_path / name, 200, codec=codec, **(MOVED if name.endswith("mp4") else {})), share)
+    expected, expected_metadata = read_video(path, every(5))
+    frames, metadata = read_video(KINDS[kind](path), every(5))
+    assert np.array_equal(frames, expected)
+    assert (dict(metadata), metadata.timestamps) == (dict(expected_metadata), expected_metadata.timestamps)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello" * 500, None])
+def test_an_open_file_stays_open_at_its_place(tmp_path, content):
+    path = write_clip(tmp_path / "a.mp4", 6)
+    if content is not None:
+        path.write_bytes(content)
+    with path.open("rb") as file:
+        file.seek(7 if content is None else 0)
+        if content is None:
+            assert len(read_video(file)[0]) == 6
+        else:
+            with pytest.raises(ValueError, match=r"a\.mp4 is "):
+                read_video(file)
+        assert file.read() == path.read_bytes()[7 if content is None else 0 :]
+
+
+def test_files_that_were_opened_are_closed(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        stts_video.fsspec, "open", lambda url, mode: type("", (), {"open": lambda _: opened[-1]})(), raising=True
+    )
+    for content in (write_clip(tmp_path / "a.mp4", 6).read_bytes(), b"hello" * 500, b""):
+        opened.append(io.BytesIO(content))
+        try:
+            assert len(read_video("memory://a.mp4")[0]) == 6
+        except ValueError as error:
+            assert str(error).startswith("memory://a.mp4 is ")
+        assert opened[-1].closed
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", 6)
+    with path.open("rb") as file:
+        pass
+    with pytest.raises(ValueError, match=r"a\.mp4 is an open file that cannot be read and sought: .*closed"):
+        read_video(file)
+    with path.open(encoding="latin-1") as file, pytest.raises(ValueError, match=r'text mode; open it with mode "rb"'):
+        read_video(file)
+    with open(os.pipe()[0], "rb") as file, pytest.raises(ValueError, match="cannot be read and sought"):
+        read_video(file)
+    for content, message in {b"": "<0 bytes> is empty", b"hello" * 500: "<2500 bytes> is not a video"}.items():
+        with pytest.raises(ValueError, match=message):
+            read_video(content)
+        with pytest.raises(ValueError, match=message.replace(f"{len(content)} bytes", "BytesIO")):
+            read_video(io.BytesIO(content))
+    for address in ("memory://nothing.mp4", "nonsense://a.mp4"):
+        with pytest.raises(ValueError, match=f"{address} cannot be opened"):
+            read_video(address)
+
+
+def test_a_connection_that_breaks_is_named(tmp_path):
+    class Broken(io.BytesIO):
+        def read(self, size=-1):
+            if self.tell() > 2000:
+                raise OSError("connection lost")
+            return super().read(size)
+
+    with pytest.raises(ValueError, match="connection lost"):
+        read_video(Broken(write_clip(tmp_path / "a.mkv", 60).read_bytes()))
+
+
+def test_an_address_of_the_hub(tmp_path, hub):
+    clip = hub.small(write_clip(tmp_path / "a.mp4", 6).read_bytes())
+    hub.commit(hub.create("user/clips"), "refs/heads/main", "clips", {"a.mp4": clip})
+    frames, _ = read_video("hf://user/clips/a.mp4", every(2))
+    assert read_numbers(frames) == [0, 2, 4]
+    with pytest.raises(ValueError, match="hf://user/clips/b.mp4 cannot be opened"):
+        read_video("hf://user/clips/b.mp4")
+
+
 def test_an_unreachable_address_is_named():
-    with pytest.raises(ValueError, match="http://127.0.0.1:9/a.mp4 cannot be downloaded"):
+    with pytest.raises(ValueError, match="http://127.0.0.1:9/a.mp4 cannot be opened"):
         read_video("http://127.0.0.1:9/a.mp4")
 
 
 @pytest.mark.parametrize("share, real", [(0.985, 196), (0.995, 198)])
 def test_a_file_that_ends_a_little_early_is_sampled_again(tmp_path, share, real):
-    path = cut_file(write_clip(tmp_path / "a.mp4", 200, movflags="faststart"), share)
+    path = cut_file(write_clip(tmp_path / "a.mp4", 200, **MOVED), share)
     frames, metadata = read_video(path, every(5))
     assert read_numbers(frames)[:-1] == list(range(0, 195, 5))
     _, metadata = read_video(path, last)
@@ -214,7 +335,7 @@ def test_a_file_that_ends_a_little_early_is_sampled_again(tmp_path, share, real)
 
 
 def test_a_truncated_file_is_refused(tmp_path):
-    path = cut_file(write_clip(tmp_path / "a.mp4", 200, movflags="faststart"), 0.6)
+    path = cut_file(write_clip(tmp_path / "a.mp4", 200, **MOVED), 0.6)
     with pytest.raises(ValueError, match=r"a\.mp4 should have 200 frames, but only \d+ can be decoded \(truncated"):
         read_video(path, every(5))
 
@@ -225,7 +346,7 @@ def test_a_truncated_file_without_its_index_is_refused(tmp_path):
 
 
 def test_damaged_frames_are_refused(tmp_path):
-    path = write_clip(tmp_path / "a.mp4", 100, codec="libx264", movflags="faststart")
+    path = write_clip(tmp_path / "a.mp4", 100, codec="libx264", **MOVED)
     content = bytearray(path.read_bytes())
     start = content.index(b"mdat") + 4
     content[start:] = bytes(len(content) - start)
@@ -298,9 +419,9 @@ def test_missing_pyav_is_named(tmp_path, monkeypatch):
 
 
 LAYOUTS = {
-    "a.mp4": {"codec": "libx264", "movflags": "faststart"},
-    "b.mp4": {"codec": "libx265", "movflags": "faststart", "encoder": {"x265-params": "log-level=none"}},
-    "c.mp4": {"movflags": "faststart"},
+    "a.mp4": {"codec": "libx264", **MOVED},
+    "b.mp4": {"codec": "libx265", **MOVED, "encoder": {"x265-params": "log-level=none"}},
+    "c.mp4": MOVED,
     "d.mkv": {"codec": "libx264"},
     "e.ts": {"codec": "libx264"},
     "f.avi": {},
@@ -315,12 +436,12 @@ def contents(tmp_path_factory):
     return {name: write_clip(folder / name, 20, fps=20, **options).read_bytes() for name, options in LAYOUTS.items()}
 
 
-def read_or_refuse(path):
+def read_or_refuse(video):
     """That a file is read, or refused with its name."""
     try:
-        frames, metadata = read_video(path, last)
+        frames, metadata = read_video(video, last)
     except ValueError as error:
-        assert path.name in str(error)
+        assert as_string(video) in str(error)
     else:
         assert len(frames) == len(metadata.timestamps) == 2
 
@@ -387,6 +508,9 @@ def test_files_and_threads_are_given_back(tmp_path, contents):
                 for share in (1, 0.99, 0.7):
                     (tmp_path / name).write_bytes(content[: int(share * len(content))])
                     read_or_refuse(tmp_path / name)
+                    read_or_refuse((tmp_path / name).as_uri())
+                    with (tmp_path / name).open("rb") as file:
+                        read_or_refuse(file)
             (tmp_path / "bad.mp4").write_bytes(b"hello" * 500)
             for path in (tmp_path / "bad.mp4", write_audio(tmp_path / "sound.mp4")):
                 with pytest.raises(ValueError):
@@ -397,8 +521,11 @@ def test_files_and_threads_are_given_back(tmp_path, contents):
         gc.enable()
 
 
-def test_paths_as_strings():
-    frames = np.zeros((2, 4, 4, 3))
-    assert paths_as_strings([[Path("a.mp4")], ["b.mp4"], []]) == [["a.mp4"], ["b.mp4"], []]
-    assert paths_as_strings(Path("a.mp4")) == "a.mp4"
-    assert paths_as_strings(frames) is frames and paths_as_strings(None) is None
+def test_as_strings():
+    frames, file = np.zeros((2, 4, 4, 3)), io.BytesIO(b"ab")
+    assert as_strings([[Path("a.mp4")], ("b.mp4",), []]) == [["a.mp4"], ["b.mp4"], []]
+    assert as_strings(Path("a.mp4")) == "a.mp4"
+    assert as_strings(frames) is frames and as_strings(None) is None
+    named = as_strings([b"ab", file])
+    assert named == as_strings(named) == ["<2 bytes>", "<BytesIO>"]
+    assert named[0].content == b"ab" and named[1].content is file

@@ -13,6 +13,7 @@ from transformers.video_utils import VideoMetadata
 
 from hub_upload.tiny import tiny_config, tiny_processor
 from modeling_stts import Molmo2SttsVideoProcessor
+from modeling_stts.stts_selection import count_pruned_windows
 
 
 GEOMETRY = {"size": {"height": 54, "width": 54}, "patch_size": 2, "do_rescale": True, "do_normalize": True}
@@ -141,6 +142,72 @@ def test_what_arrays_do_not_know_is_refused():
         make()(frames(3), only_keyframes=True)
 
 
+# 24 frames, 4 a second, of 81 windows each; 8 are sampled otherwise.
+@pytest.mark.parametrize(
+    "arguments, num_frames, num_kept",
+    [
+        ({"max_video_tokens": 400}, 8, 400),
+        ({"max_video_tokens": 400, "prune_ratio": 0.5}, 8, 324),
+        ({"max_video_tokens": 1000}, 8, 648),
+        ({"max_video_tokens": 100}, 6, 100),
+        ({"max_video_tokens": 81}, 5, 81),
+        ({"max_video_tokens": 100, "prune_ratio": 0.9}, 8, 81),
+        ({"max_video_tokens": 400, "fps": 4}, 24, 400),
+        ({"max_video_tokens": 100, "start": 3}, 6, 100),
+        ({"frame_scale": 2, "prune_ratio": 0.5}, 16, 324),
+        ({"frame_scale": 2, "prune_ratio": 0}, 16, 648),
+        ({"frame_scale": 1, "prune_ratio": 0.5}, 8, 324),
+        ({"frame_scale": 1.5, "prune_ratio": 0.5, "fps": 2}, 18, 486),
+        ({"frame_scale": 9, "prune_ratio": 0.5}, 24, 324),
+        ({"frame_scale": 2, "prune_ratio": 0.5, "start": 5}, 4, 81),
+        ({"frame_scale": 2, "prune_ratio": 0.5, "max_video_tokens": 200}, 12, 200),
+    ],
+)
+def test_frames_and_ratio_by_the_tokens_that_remain(path, arguments, num_frames, num_kept):
+    processor = make(num_frames=8)
+    metadata = [{"total_num_frames": 24, "fps": 4.0}]
+    for video, known in [(path, {}), (frames(24), {"video_metadata": metadata})]:
+        (ratio,) = processor(video, **arguments, **known)["prune_ratio"]
+        assert num_frames * 81 - count_pruned_windows(num_frames, 81, ratio) == num_kept
+        said, seen = sampled(processor, video, **arguments, **known)
+        assert said == seen and len(said[0]) == num_frames
+        assert np.ptp(np.diff(said[0])) <= 1
+
+
+def test_the_tokens_of_every_video_of_a_batch_are_limited(path, short):
+    out = make(num_frames=8, max_fps=4)([path, short], max_video_tokens=200, return_tensors="pt")
+    assert out["video_grids"][:, 0].tolist() == [8, 3] and "video_metadata" not in out
+    kept = [n * 81 - count_pruned_windows(n, 81, ratio) for n, ratio in zip([8, 3], out["prune_ratio"])]
+    assert kept == [200, 200]
+    assert "prune_ratio" not in make(num_frames=8)(path, prune_ratio=0.5)
+
+
+def test_more_frames_are_taken_from_arrays_of_no_known_rate_without_a_change_of_their_times():
+    times = [
+        make(max_fps=2, num_frames=4)(frames(24), return_metadata=True, **more)["video_metadata"][0].timestamps
+        for more in ({}, {"frame_scale": 2, "prune_ratio": 0.5})
+    ]
+    assert times == [[0, 3, 6, 9], [0, 1.5, 3, 4.5, 6, 7.5, 9, 10.5]]
+
+
+def test_saved_limits_are_used_and_a_call_replaces_them(path, tmp_path):
+    make(num_frames=8, max_video_tokens=200, prune_ratio=0.25).save_pretrained(tmp_path)
+    processor = Molmo2SttsVideoProcessor.from_pretrained(tmp_path)
+    assert processor(path)["prune_ratio"] == [(8 * 81 - 200 + 0.5) / (8 * 81)]
+    assert processor(path, max_video_tokens=1000)["prune_ratio"] == [0.25]
+    assert "prune_ratio" not in processor(path, max_video_tokens=None)
+
+
+def test_limits_that_cannot_hold_are_refused(path):
+    for arguments, message in [
+        ({"max_video_tokens": 80}, "`max_video_tokens` must be at least 81"),
+        ({"frame_scale": 2}, "`frame_scale`=2 needs `prune_ratio`"),
+        ({"frame_scale": 2, "prune_ratio": 0.5, "do_sample_frames": False}, "needs `do_sample_frames=True`"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()(path, **arguments)
+
+
 @pytest.mark.parametrize("saved", [{"num_frames": 3}, {"fps": 0.5}, {"max_fps": 1, "num_frames": 4}])
 def test_saved_sampling_is_used_and_a_call_replaces_it(path, tmp_path, saved):
     make(**saved).save_pretrained(tmp_path)
@@ -201,12 +268,70 @@ def test_a_file_and_its_frames_give_the_same(path):
     assert (actual["pixel_values_videos"] - expected["pixel_values_videos"]).abs().max() < 0.25  # lossy compression
 
 
-def test_equals_the_native_processor_on_arrays():
-    native = Molmo2VideoProcessor(**GEOMETRY, num_frames=6)
-    given = {"video_metadata": [{"total_num_frames": 24, "fps": 4.0}], "return_tensors": "pt"}
-    expected, actual = native(frames(24), **given), make(num_frames=6)(frames(24), **given)
+def random_video(num_frames, height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"do_convert_rgb": True},
+        {"do_normalize": False},
+        {"do_normalize": False, "do_rescale": False},
+        {"size": {"height": 112, "width": 112}, "patch_size": 14, "pooling_size": [3, 2]},
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3},
+        {"return_tensors": "np"},
+    ],
+)
+@pytest.mark.parametrize("is_channels_first", [False, True])
+def test_equals_the_native_processor_on_arrays(arguments, is_channels_first):
+    videos = [random_video(24, 45, 80), random_video(3, 120, 66, seed=1)]
+    videos = [np.moveaxis(video, -1, 1) for video in videos] if is_channels_first else videos
+    given = {"video_metadata": [{"total_num_frames": n, "fps": 4.0} for n in (24, 3)], "return_tensors": "pt"}
+    settings = {**GEOMETRY, "num_frames": 11, "max_fps": 4, **arguments}
+    expected, actual = (make(videos, **given) for make in (native(settings), ours(settings)))
     assert actual.keys() == expected.keys()
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    for name in expected:
+        assert actual[name].dtype == expected[name].dtype and np.array_equal(actual[name], expected[name])
+
+
+def native(settings):
+    return Molmo2VideoProcessor(**settings)
+
+
+def ours(settings):
+    return Molmo2SttsVideoProcessor(**settings)
+
+
+def test_equals_the_native_processor_in_every_layout():
+    video = torch.from_numpy(random_video(9, 45, 80))
+    layouts = [video, video.permute(0, 3, 1, 2), video.permute(0, 3, 1, 2).contiguous(), video.flip(2)]
+    for layout in [*layouts, video.float() / 2, list(video.numpy())]:
+        for more in ({}, {"input_data_format": "channels_first"}):
+            if more and layout[0].shape[0] != 3:
+                continue
+            given = {"do_sample_frames": False, "return_tensors": "pt", **more}
+            expected, actual = (make(layout, **given) for make in (native(GEOMETRY), ours(GEOMETRY)))
+            assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_frames_of_full_size_are_never_all_in_float32():
+    seen = []
+
+    class Watching(Molmo2SttsVideoProcessor):
+        def resize(self, image, *args, **kwargs):
+            seen.append(len(image))
+            return super().resize(image, *args, **kwargs)
+
+    out = Watching(**GEOMETRY)(random_video(23, 90, 160), do_sample_frames=False, return_tensors="pt")
+    assert sum(seen) == len(out["pixel_values_videos"]) == 23 and max(seen) <= 8
+
+
+def test_the_device_of_a_call_is_where_frames_are_resized(path):
+    out = make(num_frames=8)(path, device="meta", return_tensors="pt")
+    assert out["pixel_values_videos"].device.type == out["video_token_pooling"].device.type == "meta"
+    assert out["pixel_values_videos"].shape == (8, 729, 12)
 
 
 @settings(max_examples=300, deadline=None)
