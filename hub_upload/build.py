@@ -84,7 +84,7 @@ def build_hub_folder(
     else:
         config = load_config(Path(source), stts)
         processor = load_processor(Path(source))
-        model = _load_model(Path(source), config, dtype)
+        model = load_model(Path(source), config, dtype)
     if adapter is not None:
         model = _merge_adapter(model, Path(adapter))
     if dtype is not None:
@@ -174,7 +174,19 @@ def load_processor(source: Path) -> Molmo2SttsProcessor:
     return processor
 
 
-def _load_model(source: Path, config: Molmo2SttsConfig, dtype: str | None) -> Molmo2SttsForConditionalGeneration:
+def load_model(source: Path, config: Molmo2SttsConfig, dtype: str | None) -> Molmo2SttsForConditionalGeneration:
+    """
+    Our model with the weights of a checkpoint. A scorer that it does not have is initialised from a fixed seed, and a
+    logged warning says so.
+
+    Args:
+        source (`Path`): the checkpoint's folder.
+        config (`Molmo2SttsConfig`): see `load_config`.
+        dtype (`str`, *optional*): one of `DTYPES`; the checkpoint's if not given.
+
+    Raises:
+        ValueError: if weights cannot be read, are missing, are not the model's or have another shape.
+    """
     if (source / SAFETENSORS_INDEX_FILE).is_file():
         open_weights(source)  # for its words on an index that is not valid or names a file that is missing
     with torch.random.fork_rng(devices=[]):
