@@ -24,7 +24,6 @@ class TrainingOutput(ModelOutput):
     """
     language_loss (`torch.Tensor`): sum over the labels of the batch.
     temporal_loss (`torch.Tensor`): mean over the windows that it compares, without weight; 0 where none is pruned.
-    idle_loss (`torch.Tensor`): 0, from the weights that took no other part.
     num_tokens (`torch.Tensor`): before the cut, without padding.
     num_windows, num_kept (`torch.Tensor`): windows of all videos, and those that stayed.
     score_sums (`torch.Tensor` of shape `(3,)`): number of scores of pruned videos, their sum and sum of squares.
@@ -34,7 +33,6 @@ class TrainingOutput(ModelOutput):
 
     language_loss: torch.Tensor | None = None
     temporal_loss: torch.Tensor | None = None
-    idle_loss: torch.Tensor | None = None
     num_tokens: torch.Tensor | None = None
     num_windows: torch.Tensor | None = None
     num_kept: torch.Tensor | None = None
@@ -90,8 +88,8 @@ def training_forward(
     num_tokens = sample_idx.ne(0).sum()
     inputs = {"input_ids": input_ids, "labels": labels, "mm_token_type_ids": mm_token_type_ids}
     inputs, labels, sample_idx = _cut(self, inputs, sample_idx, media)
-    features = {"image": BaseModelOutputWithPooling(pooler_output=media.features)} if media.features else None
-    hidden_states = self.model(**inputs, mm_encoder_outputs=features, use_cache=False).last_hidden_state
+    inputs = _add_features(self, inputs, media)
+    hidden_states = self.model(**inputs, use_cache=False).last_hidden_state
     is_target = labels[:, 1:] != -100
     targets = labels[:, 1:][is_target]
     # Only where there is a label: the logits of a whole video prompt would be gigabytes.
@@ -99,21 +97,39 @@ def training_forward(
     return TrainingOutput(
         language_loss=F.cross_entropy(logits, targets, reduction="sum"),
         temporal_loss=_temporal_loss(media, logits),
-        idle_loss=logits.new_zeros(()) if media.is_pruned else idle_loss(self),
         num_tokens=num_tokens,
         **_count_windows(media, logits.device),
         **_judge_answers(logits.argmax(-1) == targets, is_target, sample_idx),
     )
 
 
-def idle_loss(model: Molmo2SttsForConditionalGeneration) -> torch.Tensor:
-    """
-    A zero in which every trained weight of the ViT, the scorer and the connector takes part: distributed training
-    waits for the gradients of all of them in every step, and a batch may have no video, or none that is pruned.
-    """
+def idle_zero(model: Molmo2SttsForConditionalGeneration) -> torch.Tensor:
+    """A zero in which every trained weight of the ViT, the scorer and the connector takes part."""
     modules = (model.model.vision_tower, model.model.multi_modal_projector)
     weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
     return 0.0 * sum((weight.sum().float() for weight in weights), torch.zeros((), device=model.device))
+
+
+def _add_features(
+    model: Molmo2SttsForConditionalGeneration, inputs: dict[str, torch.Tensor], media: Media
+) -> dict[str, Any]:
+    """
+    Inputs of the language model with the features, or with a zero in their place.
+
+    Distributed training waits for the gradients of all trained weights in every step, but a batch may have no video,
+    or none that is pruned. The zero stands in front of the language model, since FSDP also counts on the same order of
+    gradients everywhere: with frozen embeddings, those of the first block would come last where nothing before it
+    is trained.
+    """
+    if media.is_pruned:
+        features = media.features
+    else:
+        zero = idle_zero(model)
+        features = [tokens + zero.to(tokens.dtype) for tokens in media.features]
+    if features:
+        return inputs | {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    return inputs | {"input_ids": None, "inputs_embeds": embeddings + zero.to(embeddings.dtype)}
 
 
 def _encode_media(
