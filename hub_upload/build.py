@@ -197,6 +197,8 @@ def load_model(source: Path, config: Molmo2SttsConfig, dtype: str | None) -> Mol
             )
         except SafetensorError as error:
             raise ValueError(f"The weights of {source} cannot be read: {error}") from error
+    # Saving undoes only the renamings that loading needed, and those of a scorer that was not there are no such ones.
+    del model._weight_conversions
     # `from_pretrained` replaces one that it cannot read by the default, without a word.
     if (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
