@@ -1,4 +1,3 @@
-import json
 import logging
 import math
 import resource
@@ -58,13 +57,13 @@ def same(first, second):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_training_goes_on_from_any_checkpoint_to_the_same_losses_and_weights(mixed, tmp_path, lora):
-    args = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "lora": lora}
+    args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "lora": lora}
     # Another ratio each step, batches in another order each epoch of two, and two of them in each step.
     args |= {"random_prune_ratios": [0.0, 0.3, 0.8], "prune_warmup_steps": 3, "gradient_accumulation_steps": 2}
     args |= {"per_device_train_batch_size": 1}
     whole = make_trainer(mixed, tmp_path / "whole", **args)
     whole.train()
-    for step in (1, 2, 4):
+    for step in (2,) if lora else (1, 3):
         rest = make_trainer(mixed, tmp_path / f"rest-{step}", **args)
         rest.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         for name in ("loss", "language_loss", "temporal_loss", "grad_norm", "scorer_grad_norm", "prune_ratio"):
@@ -104,18 +103,18 @@ def test_the_loss_is_the_same_in_one_batch_in_packed_rows_and_in_several(
 
 
 def test_activation_checkpointing_changes_nothing(mixed, tmp_path):
-    plain = make_trainer(mixed, tmp_path / "plain")
+    plain = make_trainer(mixed, tmp_path / "plain", max_steps=2)
     plain.train()
-    saving = make_trainer(mixed, tmp_path / "saving", gradient_checkpointing=True)
+    saving = make_trainer(mixed, tmp_path / "saving", max_steps=2, gradient_checkpointing=True)
     saving.train()
     assert logged(saving) == pytest.approx(logged(plain), rel=1e-5)
 
 
 def test_half_precision_trains_float32_weights(mixed, tmp_path):
-    trainer = make_trainer(mixed, tmp_path, bf16=True)
+    trainer = make_trainer(mixed, tmp_path, max_steps=1, bf16=True)
     trainer.train()
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
-    exact = make_trainer(mixed, tmp_path)
+    exact = make_trainer(mixed, tmp_path, max_steps=1)
     exact.train()
     assert logged(trainer) != logged(exact)
     assert logged(trainer) == pytest.approx(logged(exact), rel=0.1)
@@ -126,7 +125,9 @@ def test_what_is_logged(mixed, tmp_path):
     trainer = make_trainer(mixed, tmp_path, per_device_train_batch_size=4, logging_steps=2, **rates)
     seen = []
     step = trainer.training_step
-    trainer.training_step = lambda *args: seen.append({group["group"]: group["lr"] for group in groups()}) or step(*args)
+    trainer.training_step = lambda *args: (
+        seen.append({group["group"]: group["lr"] for group in groups()}) or step(*args)
+    )
 
     def groups():
         return trainer.optimizer.param_groups
@@ -147,9 +148,10 @@ def test_the_scorers_gradient_norm_is_that_before_clipping(mixed, tmp_path):
     clipped.train()
     plain = make_trainer(mixed, tmp_path, max_steps=1)
     norms = []
-    plain._clip_grad_norm = lambda model: norms.append(
-        torch.stack([w.grad.norm() for w in model.model.vision_tower.scorer.parameters()]).norm().item()
-    ) or FinetuningTrainer._clip_grad_norm(plain, model)
+    plain._clip_grad_norm = lambda model: (
+        norms.append(torch.stack([w.grad.norm() for w in model.model.vision_tower.scorer.parameters()]).norm().item())
+        or FinetuningTrainer._clip_grad_norm(plain, model)
+    )
     plain.train()
     assert logged(clipped, "scorer_grad_norm") == pytest.approx(norms, rel=1e-3)
 
@@ -174,7 +176,7 @@ def test_a_training_that_is_not_finite_stops_and_names_its_samples(mixed, tmp_pa
 def test_skipped_videos_are_named_once_and_counted(mixed, tmp_path, caplog):
     (tmp_path / "bad.mp4").write_bytes(b"not a video")
     data = write_rows(tmp_path / "data.jsonl", [turns("a", "b", video="bad.mp4"), turns("c", "d")])
-    trainer = make_trainer(data, tmp_path / "out", on_bad_video="skip", max_steps=3)
+    trainer = make_trainer(data, tmp_path / "out", on_bad_video="skip", max_steps=2)
     logging.getLogger("transformers").propagate = True
     trainer.train()
     assert list(trainer.all_skipped()) == [f"{data}:1"]

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,8 @@ class FinetuningTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         # Makes `Trainer` leave the scaling of the loss to `compute_loss`.
         self.model_accepts_loss_kwargs = True
+        if self.is_fsdp_enabled:
+            _keep_losses_precise(self.accelerator.state.fsdp_plugin)
         self.step_losses: list[tuple[list[str], torch.Tensor]] = []
         self.skipped: dict[str, str] = {}
         self.sums = self._no_sums()
@@ -142,7 +144,7 @@ class FinetuningTrainer(Trainer):
         outputs = model(**inputs, prune_ratio=ratio)
         language_loss = outputs.language_loss / num_labels
         temporal_loss = outputs.temporal_loss * (_count_compared(plan) if plan else 0) / num_compared
-        loss = language_loss + self.stts_config.temporal_loss_weight * temporal_loss + outputs.idle_loss
+        loss = language_loss + self.stts_config.temporal_loss_weight * temporal_loss
         self.step_losses.append((where, loss.detach()))
         self._add_sums(outputs, plan, language_loss=language_loss, temporal_loss=temporal_loss)
         # Gradients are averaged over processes, and these losses are parts of one sum.
@@ -243,7 +245,7 @@ class FinetuningTrainer(Trainer):
         sums = dict(zip(SUMS, self.accelerator.gather(self.sums[None]).sum(0).tolist()))
         seconds = time.perf_counter() - self.clock
         self.sums, self.clock = self._no_sums(), None
-        summary = {name: sums[name] / sums["steps"] for name in ("language_loss", "temporal_loss", "scorer_grad_norm")}
+        summary = {name: sums[name] / sums["steps"] for name in ("language_loss", "scorer_grad_norm")}
         summary["prune_ratio"] = self.schedule.ratio(self.state.global_step - 1)
         if sums["windows"] > 0:
             summary["kept_share"] = sums["kept"] / sums["windows"]
@@ -251,6 +253,7 @@ class FinetuningTrainer(Trainer):
             mean = sums["score_sum"] / sums["scores"]
             variance = sums["score_square_sum"] / sums["scores"] - mean**2
             summary |= {"score_mean": mean, "score_std": math.sqrt(max(0.0, variance))}
+            summary["temporal_loss"] = sums["temporal_loss"] / sums["steps"]
         summary |= {f"{name}_per_second": sums[name] / seconds for name in ("tokens", "frames")}
         return {name: round(value, 6) for name, value in summary.items()}
 
@@ -362,6 +365,16 @@ def last_good_checkpoint(output_dir: str | Path) -> Path | None:
         except (OSError, ValueError, KeyError):
             logger.warning("%s is not a whole checkpoint; its writing was interrupted.", folder)
     return max(good, default=(0, None))[1]
+
+
+def _keep_losses_precise(plugin) -> None:
+    """Lets FSDP2 add up gradients, and hand over losses and counts, in float32; accelerate rounds both."""
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"Only version 2 of FSDP works here, got {plugin.fsdp_version}; see fsdp2.yaml.")
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
 
 
 def _count_compared(plan: PrunePlan) -> int:
