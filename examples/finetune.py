@@ -21,7 +21,7 @@ from finetuning.groups import GROUPS, add_lora, freeze
 from finetuning.samples import read_samples
 from finetuning.trainer import FinetuningArguments, FinetuningTrainer, last_good_checkpoint
 from huggingface_hub import snapshot_download
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging
 
 from hub_upload.build import DTYPES, load_config, load_model, load_processor
@@ -107,6 +107,8 @@ def make_trainer(options: Options, args: FinetuningArguments) -> FinetuningTrain
     Raises:
         OSError, ValueError: if an argument, the data or the model is not what it must be.
     """
+    # All processes must make the same adapters.
+    set_seed(args.seed)
     samples = [None if path is None else read_samples(path) for path in (options.data, options.eval_data)]
     model, processor = load(options)
     freeze(model, options.freeze)
@@ -164,6 +166,7 @@ def finetune(options: Options, args: FinetuningArguments) -> dict[str, str]:
     trainer.train(resume_from_checkpoint=find_checkpoint(trainer))
     if trainer.eval_dataset is not None:
         trainer.evaluate()
+    trainer.save_state()
     trainer.save_final(Path(args.output_dir, "final"))
     return trainer.all_skipped()
 
