@@ -84,7 +84,7 @@ def build_hub_folder(
     else:
         config = load_config(Path(source), stts)
         processor = load_processor(Path(source))
-        model = _load_model(Path(source), config, dtype)
+        model = load_model(Path(source), config, dtype)
     if adapter is not None:
         model = _merge_adapter(model, Path(adapter))
     if dtype is not None:
@@ -174,7 +174,19 @@ def load_processor(source: Path) -> Molmo2SttsProcessor:
     return processor
 
 
-def _load_model(source: Path, config: Molmo2SttsConfig, dtype: str | None) -> Molmo2SttsForConditionalGeneration:
+def load_model(source: Path, config: Molmo2SttsConfig, dtype: str | None) -> Molmo2SttsForConditionalGeneration:
+    """
+    Our model with the weights of a checkpoint. A scorer that it does not have is initialised from a fixed seed, and a
+    logged warning says so.
+
+    Args:
+        source (`Path`): the checkpoint's folder.
+        config (`Molmo2SttsConfig`): see `load_config`.
+        dtype (`str`, *optional*): one of `DTYPES`; the checkpoint's if not given.
+
+    Raises:
+        ValueError: if weights cannot be read, are missing, are not the model's or have another shape.
+    """
     if (source / SAFETENSORS_INDEX_FILE).is_file():
         open_weights(source)  # for its words on an index that is not valid or names a file that is missing
     with torch.random.fork_rng(devices=[]):
@@ -185,6 +197,8 @@ def _load_model(source: Path, config: Molmo2SttsConfig, dtype: str | None) -> Mo
             )
         except SafetensorError as error:
             raise ValueError(f"The weights of {source} cannot be read: {error}") from error
+    # Saving undoes only the renamings that loading needed, and those of a scorer that was not there are no such ones.
+    del model._weight_conversions
     # `from_pretrained` replaces one that it cannot read by the default, without a word.
     if (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)

@@ -163,9 +163,17 @@ def test_native_checkpoint_at_ratio_zero_equals_native(built_from_native, video_
     assert torch.equal(logits(ours, video_inputs), logits(native_model(), video_inputs))
 
 
-def test_weights_by_native_names(native_copy, built_from_native, tmp_path):
+def test_weights_have_released_names_and_those_of_the_references_scorer(built_from_native, tiny_folder):
+    of_tiny = load_file(tiny_folder / "model.safetensors").keys()
+    assert sum("temporal_token_scorer" in name for name in of_tiny) == 14
+    assert load_file(built_from_native / "model.safetensors").keys() == of_tiny
+
+
+def test_weights_by_native_names(native_copy, built_from_native, tiny_folder, tmp_path):
     save_file(native_model().state_dict(), native_copy / "model.safetensors", {"format": "pt"})
-    ours = Molmo2SttsForConditionalGeneration.from_pretrained(build_hub_folder(tmp_path / "out", native_copy))
+    folder = build_hub_folder(tmp_path / "out", native_copy)
+    assert load_file(folder / "model.safetensors").keys() == load_file(tiny_folder / "model.safetensors").keys()
+    ours = Molmo2SttsForConditionalGeneration.from_pretrained(folder)
     other = Molmo2SttsForConditionalGeneration.from_pretrained(built_from_native).state_dict()
     assert all(torch.equal(value, other[name]) for name, value in ours.state_dict().items())
 

@@ -1,4 +1,5 @@
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,12 +42,27 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(pictures, tmp_path)
     assert all(torch.equal(weight, cut[name]) for name, weight in whole.items())
 
 
-def test_a_rule_is_trained_from_trained_weights(pictures, tmp_path):
+def detail_seed():
+    """A seed whose first batch is of the set with the shortest videos; one of 16 frames is enough."""
     processor = make_processor(make_tokenizer())
     batches = (Conversations(processor, 1, seed, frames_per_batch=16, prune_ratios=[0.5])[0] for seed in range(99))
-    # One video of 16 frames is enough.
-    seed = next(seed for seed, batch in enumerate(batches) if batch["name"] == "detail")
-    args = ("--init", pictures, "--rule", "stts", "--steps", 1, "--frames-per-batch", 16, "--seed", seed)
+    return next(seed for seed, batch in enumerate(batches) if batch["name"] == "detail")
+
+
+def test_the_training_of_a_rule_goes_on_with_the_weights_of_its_checkpoint(pictures, tmp_path, monkeypatch):
+    args = ["--init", pictures, "--steps", 1, "--frames-per-batch", 16, "--workers", 0, "--warm-up-steps", 1]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [tmp_path / "out", *args, "--seed", detail_seed()])])
+    final = tmp_path / "out" / "final"
+    main()
+    trained = load_file(final / "model.safetensors")
+    shutil.rmtree(final)
+    main()  # no step is left
+    again = load_file(final / "model.safetensors")
+    assert all(torch.equal(weight, again[name]) for name, weight in trained.items())
+
+
+def test_a_rule_is_trained_from_trained_weights(pictures, tmp_path):
+    args = ("--init", pictures, "--rule", "stts", "--steps", 1, "--frames-per-batch", 16, "--seed", detail_seed())
     assert "finished" in train(tmp_path / "stts", *args).stdout
     before, after = (load_file(folder / "model.safetensors") for folder in (pictures, tmp_path / "stts" / "final"))
     changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
