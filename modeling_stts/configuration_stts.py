@@ -63,6 +63,10 @@ class SttsConfig(PreTrainedConfig):
     prune_from_frame (`int`, *optional*, defaults to 0):
         Number of frames that do not count when the number of windows to remove is computed, at least 0. A video of at
         most this many frames is not pruned.
+    vision_chunk_frames (`int`, *optional*):
+        How many frames of a batch's videos pass the ViT at once, at least 1; all by default. Long videos need less
+        memory in chunks and give the same numbers, up to rounding. Where parameters are gathered block by block, as
+        under FSDP and ZeRO-3, every process must have as many chunks of which something is kept.
     """
 
     model_type = "stts"
@@ -77,6 +81,7 @@ class SttsConfig(PreTrainedConfig):
     refill: bool = False
     position_ids: str = "original"
     prune_from_frame: int = 0
+    vision_chunk_frames: int | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -102,6 +107,8 @@ class SttsConfig(PreTrainedConfig):
             raise ValueError(f"`position_ids` must be one of {POSITION_IDS}, got {self.position_ids!r}.")
         if self.prune_from_frame < 0:
             raise ValueError(f"`prune_from_frame` must be at least 0, got {self.prune_from_frame}.")
+        if self.vision_chunk_frames is not None and self.vision_chunk_frames < 1:
+            raise ValueError(f"`vision_chunk_frames` must be at least 1, got {self.vision_chunk_frames}.")
 
     def check_num_layers(self, num_hidden_layers: int) -> None:
         """

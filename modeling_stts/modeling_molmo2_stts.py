@@ -1,7 +1,8 @@
 """Molmo2 with STTS: the tokens of a video are pruned inside the ViT, and so in the language model too."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,10 +34,10 @@ from .configuration_stts import SttsConfig, check_prune_ratio
 from .stts_attention import attend_in_segments, attend_with_mask, can_attend_in_segments, score_to_key_bias
 from .stts_generation import SttsGenerationMixin, remember_cut, remembered_cut
 from .stts_loss import neighbor_similarity, temporal_loss
-from .stts_packing import pack_windows
+from .stts_packing import Packing, pack_windows
 from .stts_prompt import PromptCut, check_placeholders, cut_prompt
 from .stts_scorer import SttsScorer
-from .stts_selection import PrunePlan, kept_window_idx, plan_pruning, random_scores, select_windows
+from .stts_selection import PrunePlan, plan_pruning, random_scores, select_windows
 
 
 if TYPE_CHECKING:
@@ -77,12 +78,30 @@ class Molmo2SttsVisionOutput(ModelOutput):
     keep_masks (`tuple[torch.Tensor]` of shape `(num_frames, num_windows)`, int64): 1 = kept, for each video.
     scores (`tuple[torch.Tensor]` of shape `(num_frames, num_windows)`, float32): for each video.
     temporal_loss (`torch.Tensor`, *optional*): scalar without weight, in training with the learned scorer.
+    last_windows (`torch.Tensor` of shape `(1, num_windows, num_patches, hidden_size)`):
+        Residual stream of the last frame after block `score_after_layer`.
     """
 
     window_features: torch.Tensor | None = None
     keep_masks: tuple[torch.Tensor, ...] | None = None
     scores: tuple[torch.Tensor, ...] | None = None
     temporal_loss: torch.Tensor | None = None
+    last_windows: torch.Tensor | None = None
+
+
+class _Choice(NamedTuple):
+    """
+    Which windows are kept.
+
+    scores, keep_masks (`tuple[torch.Tensor]` of shape `(num_frames, num_windows)`): for each video.
+    key_bias (`torch.Tensor` of shape `(total_frames, num_windows)`, *optional*).
+    temporal_loss (`torch.Tensor`, *optional*): scalar.
+    """
+
+    scores: tuple[torch.Tensor, ...]
+    keep_masks: tuple[torch.Tensor, ...]
+    key_bias: torch.Tensor | None
+    temporal_loss: torch.Tensor | None
 
 
 @dataclass
@@ -97,12 +116,15 @@ class Molmo2SttsVideoFeatures(BaseModelOutputWithPooling):
         For each video; `None` where nothing is pruned.
     temporal_loss (`torch.Tensor`, *optional*): scalar without weight, in training with the learned scorer.
     num_pruned (`int`): windows removed from all videos together.
+    last_windows (`torch.Tensor` of shape `(1, num_windows, num_patches, hidden_size)`, *optional*):
+        What `get_next_video_features` must know of the last frame; `None` where nothing is pruned.
     """
 
     keep_masks: tuple[torch.Tensor, ...] | None = None
     scores: tuple[torch.Tensor, ...] | None = None
     temporal_loss: torch.Tensor | None = None
     num_pruned: int | None = None
+    last_windows: torch.Tensor | None = None
 
 
 @dataclass
@@ -182,7 +204,9 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
     Differences from `Molmo2VisionModel`:
     - has a `scorer`;
     - with a `PrunePlan`, patches stand in window order, the blocks after the biased one run on kept patches only, and
-      the blocks after the last feature layer do not run at all.
+      the blocks after the last feature layer do not run at all;
+    - frames then pass in two rounds of chunks: to where they are scored, and, once it is known what is kept of all
+      frames, from there to the end.
     """
 
     _no_split_modules = ["Molmo2SttsVisionEncoderLayer", "SttsScorer"]
@@ -212,6 +236,7 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
         stts_config: SttsConfig | None = None,
         video_token_pooling: torch.Tensor | None = None,
         feature_layers: list[int] | None = None,
+        previous_windows: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling | Molmo2SttsVisionOutput:
         """
@@ -222,48 +247,101 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
             video_token_pooling (`torch.Tensor` of shape `(num_frames * num_windows, patches_per_window)`, int64):
                 The patches of each window, into all patches. No -1 in it.
             feature_layers (`list[int]`): 0-based blocks whose outputs are returned for the kept windows.
+            previous_windows (`torch.Tensor` of shape `(1, num_windows, num_patches, hidden_size)`, *optional*):
+                `last_windows` of the frame before these, all of one video. The plan counts it as the first frame.
         """
         if plan is None:
             return super().forward(pixel_values, **kwargs)
-        patches_per_window = video_token_pooling.shape[1]
-        biased_layer, last_layer = stts_config.score_after_layer + 1, max(feature_layers)
-        features = dict.fromkeys(feature_layers)
+        chunk_frames, biased_layer = stts_config.vision_chunk_frames, stts_config.score_after_layer + 1
+        hidden_states, features = [], []
+        for chunk in _frame_chunks(pixel_values, video_token_pooling, plan.num_windows, chunk_frames):
+            features.append(dict.fromkeys(feature_layers))
+            hidden_states.append(self._run(0, biased_layer - 1, self._embed_windows(*chunk), features[-1]))
+        num_chunks = len(hidden_states)
+        hidden_states = torch.cat(hidden_states) if num_chunks > 1 else hidden_states[0]
+        windows = hidden_states.unflatten(1, (plan.num_windows, -1))
+        choice = self._choose(windows, plan, stts_config, previous_windows)
 
-        hidden_states = self._embed_windows(pixel_values, video_token_pooling)
-        hidden_states = self._run(0, biased_layer - 1, hidden_states, features)
-        windows = hidden_states.unflatten(1, (plan.num_windows, patches_per_window))
+        keep_mask = torch.cat(choice.keep_masks)
+        packings = pack_windows(
+            keep_mask,
+            keep_mask.numel() - sum(plan.num_pruned),
+            windows.shape[2],
+            stts_config.refill,
+            can_attend_in_segments(hidden_states),
+            chunk_frames,
+        )
+        size = len(windows) if chunk_frames is None else chunk_frames
+        biases = [None] * num_chunks if choice.key_bias is None else choice.key_bias.split(size)
+        kept_features = []
+        for chunk_windows, bias, packing, early in zip(windows.split(size), biases, packings, features):
+            if packing.num_kept > 0:
+                kept = self._encode_kept(biased_layer, chunk_windows, bias, packing, early)
+                kept_features.append(torch.cat([kept[layer] for layer in feature_layers], dim=-1))
+        return Molmo2SttsVisionOutput(
+            window_features=torch.cat(kept_features) if len(kept_features) > 1 else kept_features[0],
+            keep_masks=tuple(mask.long() for mask in choice.keep_masks),
+            scores=choice.scores,
+            temporal_loss=choice.temporal_loss,
+            # A copy, because a view would hold all windows.
+            last_windows=windows[-1:].detach().clone(),
+        )
+
+    def _choose(
+        self, windows: torch.Tensor, plan: PrunePlan, stts_config: SttsConfig, previous_windows: torch.Tensor | None
+    ) -> _Choice:
+        if previous_windows is not None:
+            # It plays the first frame, which is kept and has no bias, and is taken away below.
+            windows = torch.cat([previous_windows.to(windows), windows])
         scores = self.score_windows(windows, plan.num_frames, stts_config)
-        keep_masks = [select_windows(video_scores, count) for video_scores, count in zip(scores, plan.num_pruned)]
+        keep_masks = tuple(select_windows(video_scores, count) for video_scores, count in zip(scores, plan.num_pruned))
         key_bias = self.key_bias(scores, plan, stts_config)
-        if key_bias is not None:
-            key_bias = key_bias.repeat_interleave(patches_per_window, dim=1)[:, None, None]
-        hidden_states = self._run(biased_layer, biased_layer, hidden_states, features, key_bias)
+        has_loss = self.training and stts_config.method == "scorer"
+        loss = _temporal_loss(scores, windows, plan, stts_config.vision_chunk_frames) if has_loss else None
+        if previous_windows is not None:
+            scores, keep_masks = (scores[0][1:],), (keep_masks[0][1:],)
+            key_bias = None if key_bias is None else key_bias[1:]
+        return _Choice(scores, keep_masks, key_bias, loss)
 
-        keep_mask, num_kept = torch.cat(keep_masks), sum(plan.num_kept)
-        in_segments = can_attend_in_segments(hidden_states)
-        packing = pack_windows(keep_mask, num_kept, patches_per_window, stts_config.refill, in_segments)
+    def _encode_kept(
+        self,
+        biased_layer: int,
+        windows: torch.Tensor,
+        key_bias: torch.Tensor | None,
+        packing: Packing,
+        features: dict[int, torch.Tensor | None],
+    ) -> dict[int, torch.Tensor]:
+        """
+        Runs a chunk of frames from the biased block on.
+
+        Args:
+            windows (`torch.Tensor` of shape `(num_frames, num_windows, num_patches, hidden_size)`).
+            key_bias (`torch.Tensor` of shape `(num_frames, num_windows)`, *optional*).
+            features (`dict[int, torch.Tensor]`): outputs of the feature layers before; `None` for the others.
+
+        Returns:
+            `dict[int, torch.Tensor]` of shape `(num_kept, num_patches, hidden_size)`: for each feature layer.
+        """
+        num_patches, features, last_layer = windows.shape[2], dict(features), max(features)
+        if key_bias is not None:
+            key_bias = key_bias.repeat_interleave(num_patches, dim=1)[:, None, None]
+        hidden_states = self._run(biased_layer, biased_layer, windows.flatten(1, 2), features, key_bias)
         self._run(
             biased_layer + 1,
             last_layer,
-            packing.pack(hidden_states.reshape(-1, patches_per_window, hidden_states.shape[-1])),
+            packing.pack(hidden_states.reshape(-1, num_patches, hidden_states.shape[-1])),
             features,
             packing.attention_mask,
             cu_seqlens=packing.cu_seqlens,
             max_seqlen=hidden_states.shape[1],
         )
-        has_loss = self.training and stts_config.method == "scorer"
-        kept_features = [
-            packing.unpack(features[layer], patches_per_window)
+        kept = {
+            layer: packing.unpack(states, num_patches)
             if layer > biased_layer
-            else _kept_windows(features[layer], keep_mask, num_kept, patches_per_window)
-            for layer in feature_layers
-        ]
-        return Molmo2SttsVisionOutput(
-            window_features=torch.cat([kept.to(features[last_layer].device) for kept in kept_features], dim=-1),
-            keep_masks=tuple(mask.long() for mask in keep_masks),
-            scores=scores,
-            temporal_loss=_temporal_loss(scores, windows, plan) if has_loss else None,
-        )
+            else packing.take_kept(states.reshape(-1, num_patches, states.shape[-1]))
+            for layer, states in features.items()
+        }
+        return {layer: states.to(kept[last_layer].device) for layer, states in kept.items()}
 
     def idle_scorer_loss(self) -> torch.Tensor:
         """A zero that the scorer took part in: distributed training waits for it in every batch."""
@@ -306,12 +384,13 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
         Returns:
             `tuple[torch.Tensor]` of shape `(num_frames, num_windows)`, float32: for each video, higher = keep.
         """
+        chunk_frames = stts_config.vision_chunk_frames
         if stts_config.method == "scorer":
-            return self.scorer(windows, num_frames).split(num_frames)
+            return self.scorer(windows, num_frames, chunk_frames).split(num_frames)
         if stts_config.method == "random":
             num_windows = windows.shape[1]
             return tuple(random_scores(n, num_windows, stts_config.seed).to(windows.device) for n in num_frames)
-        similarities = neighbor_similarity(windows.detach(), num_frames)
+        similarities = neighbor_similarity(windows.detach(), num_frames, chunk_frames)
         return tuple(F.pad(1 - similarity, (0, 0, 1, 0), value=1.0) for similarity in similarities)
 
     def key_bias(
@@ -335,17 +414,25 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
         return torch.cat([video if num_pruned > 0 else torch.zeros_like(video) for video, num_pruned in videos])
 
 
-def _temporal_loss(scores: tuple[torch.Tensor, ...], windows: torch.Tensor, plan: PrunePlan) -> torch.Tensor:
-    similarities = neighbor_similarity(windows, plan.num_frames)
+def _temporal_loss(
+    scores: tuple[torch.Tensor, ...], windows: torch.Tensor, plan: PrunePlan, chunk_frames: int | None
+) -> torch.Tensor:
+    similarities = neighbor_similarity(windows, plan.num_frames, chunk_frames)
     pruned = [video for video, num_pruned in enumerate(plan.num_pruned) if num_pruned > 0]
     return temporal_loss([scores[video] for video in pruned], [similarities[video] for video in pruned])
 
 
-def _kept_windows(
-    hidden_states: torch.Tensor, keep_mask: torch.Tensor, num_kept: int, patches_per_window: int
-) -> torch.Tensor:
-    windows = hidden_states.reshape(-1, patches_per_window, hidden_states.shape[-1])
-    return windows[kept_window_idx(keep_mask, num_kept).to(windows.device)]
+def _frame_chunks(
+    pixel_values: torch.Tensor, video_token_pooling: torch.Tensor, num_windows: int, chunk_frames: int | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The frames of each chunk and their pooling, which counts from the chunk's first patch."""
+    if chunk_frames is None:
+        yield pixel_values, video_token_pooling
+        return
+    poolings = video_token_pooling.split(chunk_frames * num_windows)
+    for number, (frames, pooling) in enumerate(zip(pixel_values.split(chunk_frames), poolings)):
+        first_patch = number * chunk_frames * pixel_values.shape[1]
+        yield frames, torch.where(pooling < 0, pooling, pooling - first_patch)
 
 
 class Molmo2SttsAdapter(Molmo2Adapter):
@@ -414,27 +501,102 @@ class Molmo2SttsModel(Molmo2Model):
         """
         ratio = check_prune_ratio(self.config.stts_config.prune_ratio if prune_ratio is None else prune_ratio)
         plan = plan_pruning(video_grids.tolist(), ratio, self.config.stts_config.prune_from_frame)
-        _check_windows(plan, pixel_values_videos, video_token_pooling)
-        if sum(plan.num_pruned) == 0:
+        is_pruned = sum(plan.num_pruned) > 0
+        _check_windows(plan, pixel_values_videos, video_token_pooling, is_pruned)
+        if is_pruned:
+            return self._pruned_features(pixel_values_videos, video_token_pooling, plan)
+        if self.config.stts_config.vision_chunk_frames is None:
             native = super().get_video_features(pixel_values_videos, video_token_pooling, video_grids, **kwargs)
-            shapes = [(num_frames, plan.num_windows) for num_frames in plan.num_frames]
-            keep_masks = tuple(torch.ones(shape, dtype=torch.long, device=self.device) for shape in shapes)
-            return Molmo2SttsVideoFeatures(**native, keep_masks=keep_masks, num_pruned=0)
-        num_layers = self.config.vision_config.num_hidden_layers
+        else:
+            native = {"pooler_output": self._native_features(pixel_values_videos, video_token_pooling, plan)}
+        shapes = [(num_frames, plan.num_windows) for num_frames in plan.num_frames]
+        keep_masks = tuple(torch.ones(shape, dtype=torch.long, device=self.device) for shape in shapes)
+        return Molmo2SttsVideoFeatures(**native, keep_masks=keep_masks, num_pruned=0)
+
+    def get_next_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_token_pooling: torch.Tensor,
+        video_grids: torch.Tensor,
+        prune_ratio: float | None = None,
+        previous: Molmo2SttsVideoFeatures | None = None,
+    ) -> Molmo2SttsVideoFeatures:
+        """
+        Encodes the next frames of one video that is not yet complete. Windows are kept among these frames alone, so
+        that every call keeps the share that the ratio says. But for that choice, features are those of the whole
+        video, whose first frame is kept whole.
+
+        A call that removes nothing has no key bias, as an unpruned video has none. `method="random"` draws the same
+        noise in every call, refilled frames are those that are alone in the bins of one call, and `prune_from_frame`
+        is not used.
+
+        Args:
+            pixel_values_videos, video_token_pooling, video_grids: see `get_video_features`; of one video.
+            prune_ratio (`float`, *optional*): fraction of these frames' windows to remove; the configuration's by
+                default.
+            previous (`Molmo2SttsVideoFeatures`, *optional*):
+                What the call for the frames just before returned; without it these are the first ones.
+
+        Returns:
+            `Molmo2SttsVideoFeatures`: of these frames. `generate` takes a list of them as `video_features`.
+
+        Raises:
+            ValueError: if the ratio is out of range, or the inputs do not describe the same frames and windows of one
+                video, or not windows as before.
+        """
+        ratio = check_prune_ratio(self.config.stts_config.prune_ratio if prune_ratio is None else prune_ratio)
+        (num_frames, num_rows, num_cols), *others = video_grids.tolist()
+        if others:
+            raise ValueError(f"`get_next_video_features` takes frames of one video, got {1 + len(others)} videos.")
+        plan = plan_pruning([[num_frames, num_rows, num_cols]], ratio)
+        _check_windows(plan, pixel_values_videos, video_token_pooling, is_pruned=True)
+        if previous is None:
+            return self._pruned_features(pixel_values_videos, video_token_pooling, plan)
+        shape = (1, plan.num_windows, video_token_pooling.shape[1], self.config.vision_config.hidden_size)
+        if previous.last_windows is None or previous.last_windows.shape != shape:
+            given = None if previous.last_windows is None else tuple(previous.last_windows.shape)
+            raise ValueError(f"`previous.last_windows` must have the shape {shape} of these frames, got {given}.")
+        # The frame before is the first one of the plan, but does not count.
+        plan = plan_pruning([[1 + num_frames, num_rows, num_cols]], ratio, prune_from_frame=1)
+        return self._pruned_features(pixel_values_videos, video_token_pooling, plan, previous.last_windows)
+
+    def _native_features(
+        self, pixel_values_videos: torch.Tensor, video_token_pooling: torch.Tensor, plan: PrunePlan
+    ) -> tuple[torch.Tensor, ...]:
+        """Features of unpruned videos by the native code, in chunks of frames."""
+        chunk_frames, features = self.config.stts_config.vision_chunk_frames, []
+        for frames, pooling in _frame_chunks(pixel_values_videos, video_token_pooling, plan.num_windows, chunk_frames):
+            grid = torch.tensor([[len(frames) * plan.num_rows, plan.num_cols, 0, 0]])
+            features += self.get_image_features(frames, pooling, grid, return_dict=True).pooler_output
+        return torch.cat(features).split(plan.num_kept)
+
+    def _pruned_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_token_pooling: torch.Tensor,
+        plan: PrunePlan,
+        previous_windows: torch.Tensor | None = None,
+    ) -> Molmo2SttsVideoFeatures:
+        stts_config, num_layers = self.config.stts_config, self.config.vision_config.num_hidden_layers
         vision = self.vision_tower(
             pixel_values_videos,
             plan=plan,
-            stts_config=self.config.stts_config,
+            stts_config=stts_config,
             video_token_pooling=video_token_pooling,
             feature_layers=[layer % num_layers for layer in self.config.adapter_config.vision_feature_layer],
+            previous_windows=previous_windows,
         )
-        features = self.multi_modal_projector(vision.window_features).last_hidden_state
+        chunk_windows = plan.num_windows * (stts_config.vision_chunk_frames or len(pixel_values_videos))
+        chunks = vision.window_features.split(chunk_windows)
+        features = torch.cat([self.multi_modal_projector(chunk).last_hidden_state for chunk in chunks])
+        num_kept = [mask.numel() - num_pruned for mask, num_pruned in zip(vision.keep_masks, plan.num_pruned)]
         return Molmo2SttsVideoFeatures(
-            pooler_output=features.split(plan.num_kept),
+            pooler_output=features.split(num_kept),
             keep_masks=vision.keep_masks,
             scores=vision.scores,
             temporal_loss=vision.temporal_loss,
             num_pruned=sum(plan.num_pruned),
+            last_windows=vision.last_windows,
         )
 
     def get_video_placeholder_mask(
@@ -647,7 +809,9 @@ class Molmo2SttsModel(Molmo2Model):
         )
 
 
-def _check_windows(plan: PrunePlan, pixel_values_videos: torch.Tensor, video_token_pooling: torch.Tensor) -> None:
+def _check_windows(
+    plan: PrunePlan, pixel_values_videos: torch.Tensor, video_token_pooling: torch.Tensor, is_pruned: bool
+) -> None:
     num_frames, num_patches = pixel_values_videos.shape[:2]
     num_windows, patches_per_window = video_token_pooling.shape
     if num_frames != sum(plan.num_frames) or num_windows != num_frames * plan.num_windows:
@@ -655,7 +819,7 @@ def _check_windows(plan: PrunePlan, pixel_values_videos: torch.Tensor, video_tok
             f"`video_grids` describes {sum(plan.num_frames)} frames of {plan.num_windows} windows, but "
             f"`pixel_values_videos` has {num_frames} frames and `video_token_pooling` {num_windows} windows."
         )
-    if sum(plan.num_pruned) > 0 and plan.num_windows * patches_per_window != num_patches:
+    if is_pruned and plan.num_windows * patches_per_window != num_patches:
         raise ValueError(
             f"Pruning needs windows that cover a frame exactly, but {plan.num_windows} windows of "
             f"{patches_per_window} patches are not {num_patches} patches. Use a frame size that is a multiple of the "
@@ -693,6 +857,10 @@ class Molmo2SttsForConditionalGeneration(SttsGenerationMixin, Molmo2ForCondition
         return self.model.get_video_features(
             pixel_values_videos, video_token_pooling, video_grids, prune_ratio, **kwargs
         )
+
+    def get_next_video_features(self, *args, **kwargs) -> Molmo2SttsVideoFeatures:
+        """See `Molmo2SttsModel.get_next_video_features`."""
+        return self.model.get_next_video_features(*args, **kwargs)
 
     def get_video_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
 
 from .configuration_stts import check_prune_ratio
 from .stts_prompt import PromptCut
@@ -84,6 +85,26 @@ class UncutStreamer(BaseStreamer):
         self.streamer.end()
 
 
+def join_video_features(outputs: list[ModelOutput]) -> ModelOutput:
+    """
+    Puts the videos of several outputs of `get_video_features` into one.
+
+    Args:
+        outputs (`list[ModelOutput]`): at least one, with `pooler_output`, `keep_masks` and `num_pruned`.
+
+    Returns:
+        `ModelOutput`: a new one, because generation with beams writes into it.
+
+    Raises:
+        ValueError: if it is not a list, or empty.
+    """
+    if not isinstance(outputs, (list, tuple)) or not outputs:
+        raise ValueError(f"`video_features` must be a list of at least one output, got {type(outputs).__name__}.")
+    names = ("pooler_output", "keep_masks")
+    joined = {name: tuple(value for output in outputs for value in output[name]) for name in names}
+    return type(outputs[0])(**joined, num_pruned=sum(output.num_pruned for output in outputs))
+
+
 def remember_cut(cache: Cache | None, cut: PromptCut | None) -> None:
     """Keeps the cut of a prompt, if it was cut, with the cache that it filled, if there is one."""
     if cache is not None and cut is not None:
@@ -136,22 +157,29 @@ class SttsGenerationMixin(GenerationMixin):
         streamer: BaseStreamer | None = None,
         *,
         prune_ratio: float | list[float] | None = None,
+        video_features: list[ModelOutput] | None = None,
         **kwargs,
     ):
         """
-        As `GenerationMixin.generate`, with one more argument.
+        As `GenerationMixin.generate`, with more arguments.
 
         Args:
             prune_ratio (`float` or `list[float]`, *optional*):
                 Fraction of each video's windows to remove in this call, one for all videos or one for each; the
                 configuration's by default.
+            video_features (`list[ModelOutput]`, *optional*):
+                In place of raw videos, what `get_video_features` or `get_next_video_features` returned for all of
+                them, in order. The prompt is the uncut one.
 
         Raises:
             ValueError: if the ratio is out of range, the prompt does not fit its videos or the model's positions, or
-                a video is given to continuous batching or beside a cache that already holds one.
+                a video is given to continuous batching, beside a cache that already holds one, or both raw and
+                encoded.
         """
         if prune_ratio is not None:
             check_prune_ratio(prune_ratio)
+        if video_features is not None:
+            kwargs["video_features"] = video_features
         settings = _Settings(generation_config, self.generation_config, kwargs)
         if inputs is not None:
             kwargs["input_ids"] = inputs
@@ -181,12 +209,16 @@ class SttsGenerationMixin(GenerationMixin):
         earlier = remembered_cut(kwargs.get("past_key_values"))
         if earlier is not None:
             return self._cut_next_turn(earlier, settings, kwargs), None
-        if kwargs.get("pixel_values_videos") is None:
+        if kwargs.get("pixel_values_videos") is None and "video_features" not in kwargs:
             return None, None
+        if "video_features" in kwargs and (prune_ratio is not None or kwargs.get("pixel_values_videos") is not None):
+            raise ValueError("`video_features` cannot be passed with `pixel_values_videos` or `prune_ratio`.")
         if settings["cache_implementation"] == "paged":
             raise ValueError('`cache_implementation="paged"` (continuous batching) ignores videos; use another cache.')
         if kwargs.get("mm_encoder_outputs") or kwargs.get("pixel_values") is not None:
-            raise ValueError("`pixel_values_videos` cannot be passed with `pixel_values` or `mm_encoder_outputs`.")
+            raise ValueError(
+                "One call takes videos, images (`pixel_values`) or `mm_encoder_outputs`, got videos and another."
+            )
         return self._cut_first_turn(settings, prune_ratio, kwargs)
 
     def _cut_first_turn(
@@ -195,7 +227,11 @@ class SttsGenerationMixin(GenerationMixin):
         input_ids = kwargs.get("input_ids")
         if input_ids is None and kwargs.get("inputs_embeds") is None:
             raise ValueError("A video needs its prompt: pass `input_ids` or `inputs_embeds`.")
-        video = self.get_video_features(**self._pop_video_inputs(kwargs), prune_ratio=prune_ratio)
+        features, raw_videos = kwargs.pop("video_features", None), self._pop_video_inputs(kwargs)
+        if features is None:
+            video = self.get_video_features(**raw_videos, prune_ratio=prune_ratio)
+        else:
+            video = join_video_features(features)
         kwargs["mm_encoder_outputs"] = {"video": video}
         if video.num_pruned == 0:
             self.check_unpruned(video.keep_masks, input_ids, kwargs.get("inputs_embeds"))
@@ -215,6 +251,7 @@ class SttsGenerationMixin(GenerationMixin):
     def _cut_next_turn(self, earlier: PromptCut, settings: "_Settings", kwargs: dict[str, Any]) -> UncutPrompt | None:
         """Cuts a conversation that begins with a prompt that was cut before, or its mask if only new ids are given."""
         self._pop_video_inputs(kwargs)
+        kwargs.pop("video_features", None)
         input_ids, attention_mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if input_ids is None or input_ids.shape[0] % len(earlier.kept_token_idx) != 0:
             raise ValueError(

@@ -4,6 +4,7 @@ Two ways, equal in their results: one flat sequence for variable-length attentio
 filled first-fit-decreasing) with a block-diagonal mask for devices without it.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +73,10 @@ class Packing(NamedTuple):
     slot_idx: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
 
+    @property
+    def num_kept(self) -> int:
+        return len(self.kept_row_idx)
+
     def pack(self, windows: torch.Tensor) -> torch.Tensor:
         """
         Args:
@@ -101,33 +106,73 @@ class Packing(NamedTuple):
         idx = self.kept_row_idx if self.slot_idx is None else self.slot_idx[self.kept_row_idx]
         return rows[idx.to(rows.device)]
 
+    def take_kept(self, windows: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            windows (`torch.Tensor` of shape `(num_all_windows, num_patches, hidden_size)`): every window.
 
-def pack_windows(keep_mask: torch.Tensor, num_kept: int, num_patches: int, refill: bool, in_segments: bool) -> Packing:
+        Returns:
+            `torch.Tensor` of shape `(num_kept, num_patches, hidden_size)`: the kept windows.
+        """
+        return windows[self.packed_window_idx[self.kept_row_idx].to(windows.device)]
+
+
+def pack_windows(
+    keep_mask: torch.Tensor,
+    num_kept: int,
+    num_patches: int,
+    refill: bool,
+    in_segments: bool,
+    chunk_frames: int | None = None,
+) -> Iterator[Packing]:
     """
-    Packs the kept windows of a batch of frames.
+    Packs the kept windows of a batch of frames, a chunk of frames at a time.
 
     Args:
         keep_mask (`torch.Tensor` of shape `(num_frames, num_windows)`, bool): all frames of the batch, in order.
         num_kept (`int`): number of True in it.
         num_patches (`int`): patches of a window.
         refill (`bool`): whether the dropped windows of a frame that is alone in its bin take part, as in the
-            reference. Bins are then planned even where attention runs in segments.
-        in_segments (`bool`): variable-length attention (no waiting for the device without refill) or bins.
+            reference. The bins of all frames together are then planned, whatever the chunks are.
+        in_segments (`bool`): variable-length attention (no waiting for the device with one chunk and without refill)
+            or bins.
+        chunk_frames (`int`, *optional*): frames of a chunk; all by default.
 
-    Returns:
-        `Packing`
+    Yields:
+        `Packing`: one a chunk, in order. Its indices count from the chunk's first window. A chunk of which nothing is
+        kept has a packing of nothing.
     """
-    plan, takes_part, num_packed = None, keep_mask, num_kept
-    if refill or not in_segments:
-        plan = plan_bins(keep_mask.sum(1).tolist(), keep_mask.shape[1])
-    if refill:
-        takes_part = keep_mask | torch.tensor(plan.is_alone, device=keep_mask.device)[:, None]
-        num_packed = int(takes_part.sum())
+    takes_part = keep_mask | _is_alone(keep_mask) if refill else keep_mask
+    size = len(keep_mask) if chunk_frames is None else chunk_frames
+    chunks = list(zip(keep_mask.split(size), takes_part.split(size)))
+    counts = [(num_kept, num_kept)]
+    if refill or len(chunks) > 1:
+        counts = torch.stack([torch.stack([mask.sum() for mask in masks]) for masks in chunks]).tolist()
+    # One at a time: the masks of all bins together would take much memory.
+    for masks, count in zip(chunks, counts):
+        yield _pack_chunk(*masks, *count, num_patches, in_segments)
+
+
+def _is_alone(keep_mask: torch.Tensor) -> torch.Tensor:
+    """Whether each frame has its bin to itself, of shape `(num_frames, 1)`."""
+    plan = plan_bins(keep_mask.sum(1).tolist(), keep_mask.shape[1])
+    return torch.tensor(plan.is_alone, device=keep_mask.device)[:, None]
+
+
+def _pack_chunk(
+    keep_mask: torch.Tensor,
+    takes_part: torch.Tensor,
+    num_kept: int,
+    num_packed: int,
+    num_patches: int,
+    in_segments: bool,
+) -> Packing:
     packed_window_idx = kept_window_idx(takes_part, num_packed)
     kept_row_idx = kept_window_idx(keep_mask.flatten()[packed_window_idx], num_kept)
     starts = F.pad(takes_part.sum(1).cumsum(0), (1, 0))
     if in_segments:
         return Packing(packed_window_idx, kept_row_idx, cu_seqlens=(starts * num_patches).int())
+    plan = plan_bins(takes_part.sum(1).tolist(), keep_mask.shape[1])
     slot_idx, attention_mask = _place_in_bins(packed_window_idx, starts, plan, keep_mask.shape[1], num_patches)
     return Packing(packed_window_idx, kept_row_idx, slot_idx=slot_idx, attention_mask=attention_mask)
 

@@ -70,20 +70,24 @@ class SttsScorer(nn.Module):
         self.window_pooler = SttsWindowPooler(hidden_size, num_heads, head_dim)
         self.mlp = SttsScorerMLP(hidden_size, intermediate_size)
 
-    def forward(self, windows: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
+    def forward(self, windows: torch.Tensor, num_frames: list[int], chunk_frames: int | None = None) -> torch.Tensor:
         """
         Args:
             windows (`torch.Tensor` of shape `(total_frames, num_windows, num_patches, hidden_size)`):
                 Residual stream of all videos, one after the other, after block `score_after_layer`, without a norm.
             num_frames (`list[int]`): frames of each video.
+            chunk_frames (`int`, *optional*): how many frames are worked on at once; all by default.
 
         Returns:
             `torch.Tensor` of shape `(total_frames, num_windows)`, float32: scores in (0, 1), higher = keep. The frame
             before the first one of a video counts as zeros.
         """
-        pooled = self.window_pooler(windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
+        size = len(windows) if chunk_frames is None else chunk_frames
+        pooled = torch.cat([self.window_pooler(chunk.flatten(0, 1)) for chunk in windows.split(size)])
+        pooled = pooled.unflatten(0, windows.shape[:2])
         zeros = torch.zeros_like(pooled[:1])
         previous = torch.cat([part for video in pooled.split(num_frames) for part in (zeros, video[:-1])])
-        logits = self.mlp(torch.cat([previous, pooled], dim=-1))
+        pairs = zip(previous.split(size), pooled.split(size))
+        logits = torch.cat([self.mlp(torch.cat(pair, dim=-1)) for pair in pairs])
         # Scores that saturate in half precision would tie, and ties are cut by position.
         return logits.squeeze(-1).float().sigmoid()

@@ -18,6 +18,7 @@ from modeling_stts.configuration_stts import check_prune_ratio
         ("temporal_loss_weight", -1.0, "`temporal_loss_weight` must be finite and at least 0, got -1.0"),
         ("temporal_loss_weight", float("nan"), "`temporal_loss_weight` must be finite and at least 0, got nan"),
         ("position_ids", "gaps", r"`position_ids` must be one of \('original', 'compact'\), got 'gaps'"),
+        ("vision_chunk_frames", 0, "`vision_chunk_frames` must be at least 1, got 0"),
         ("prune_from_frame", -2, "`prune_from_frame` must be at least 0, got -2"),
     ],
 )

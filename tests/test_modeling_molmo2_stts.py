@@ -3,12 +3,17 @@ import copy
 import naive
 import pytest
 import torch
-from inputs import NUM_WINDOWS, PLACEHOLDER, lively_model, row_of, video_inputs
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from inputs import NUM_PATCHES, NUM_WINDOWS, PLACEHOLDER, lively_model, row_of, video_inputs
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
+import modeling_stts.modeling_molmo2_stts as modeling
 from hub_upload.tiny import tiny_config, tiny_processor
 from modeling_stts import SttsConfig
-from modeling_stts.stts_selection import count_pruned_windows, random_scores
+from modeling_stts.stts_selection import PrunePlan, count_pruned_windows, random_scores
 
 
 VIDEO_NAMES = ("pixel_values_videos", "video_token_pooling", "video_grids")
@@ -159,6 +164,189 @@ def test_outputs_hold_no_bool_tensors(model):
     assert type(video)().pooler_output is None  # `generate` slices outputs by building new ones
 
 
+# --- frames in chunks ---
+
+
+def features_and_gradients(model, inputs, chunk_frames, prune_ratio=0.6):
+    """Features of the videos, and the gradients that a loss on them gives the ViT and the connector."""
+    model.config.stts_config.vision_chunk_frames = chunk_frames
+    video = model.get_video_features(**videos_of(inputs), prune_ratio=prune_ratio)
+    loss = sum((features**2).mean() for features in video.pooler_output)
+    if video.temporal_loss is not None:
+        loss = loss + video.temporal_loss
+    parameters = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
+    return video, torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def assert_same(ours, expected):
+    (video, gradients), (expected_video, expected_gradients) = ours, expected
+    assert all(map(torch.equal, video.keep_masks, expected_video.keep_masks))
+    for name in ("scores", "pooler_output", "temporal_loss"):
+        torch.testing.assert_close(getattr(video, name), getattr(expected_video, name), atol=1e-4, rtol=1e-4)
+    for mine, other in zip(gradients, expected_gradients):
+        # Sums over all patches in another order: rounding follows the largest element.
+        atol = None if other is None else 1e-4 * other.abs().max().item() + 5e-6
+        torch.testing.assert_close(mine, other, atol=atol, rtol=None if other is None else 1e-3)
+
+
+# Without shrinking, which would take many minutes.
+@settings(max_examples=5, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    num_frames=st.lists(st.integers(1, 4), min_size=1, max_size=3).filter(lambda n: 1 < sum(n) < 6),
+    method=st.sampled_from(["scorer", "similarity", "random"]),
+    refill=st.booleans(),
+    data=st.data(),
+)
+def test_chunks_change_neither_values_nor_gradients(num_frames, method, refill, data):
+    model, inputs = lively_model(method=method, refill=refill).train(), video_inputs(num_frames)
+    chunk_frames = data.draw(st.integers(1, sum(num_frames) + 2))
+    assert_same(features_and_gradients(model, inputs, chunk_frames), features_and_gradients(model, inputs, None))
+
+
+@pytest.mark.parametrize("feature_layers", [[-1, 2], [4, 3]])
+def test_chunks_give_the_features_of_every_layer(feature_layers):
+    model, inputs = lively_model(), video_inputs((3, 2))
+    model.config.adapter_config.vision_feature_layer = feature_layers
+    assert_same(features_and_gradients(model, inputs, 2), features_and_gradients(model, inputs, None))
+
+
+def test_a_chunk_of_which_nothing_is_kept():
+    model, inputs = lively_model(method="similarity"), video_inputs((4,))
+    inputs["pixel_values_videos"][1] = inputs["pixel_values_videos"][0]
+    ours = features_and_gradients(model, inputs, 1, prune_ratio=0.5)
+    assert ours[0].keep_masks[0][1].sum() == 0
+    assert_same(ours, features_and_gradients(model, inputs, None, prune_ratio=0.5))
+
+
+def test_unpruned_videos_in_chunks_equal_native_molmo2(model):
+    inputs, expected = video_inputs((4, 1, 2)), copy.deepcopy(model)
+    expected.config.stts_config.vision_chunk_frames = 3
+    with torch.no_grad():
+        ours = expected.get_video_features(**videos_of(inputs), prune_ratio=0.0)
+        native = native_twin(model).get_video_features(**videos_of(inputs), return_dict=True)
+    torch.testing.assert_close(ours.pooler_output, native.pooler_output, atol=1e-4, rtol=1e-4)
+    assert ours.hidden_states is None and ours.num_pruned == 0
+
+
+def test_gradient_checkpointing_in_chunks_changes_nothing():
+    inputs, gradients = video_inputs((3, 2)), []
+    for chunk_frames in (None, 2):
+        model = lively_model(vision_chunk_frames=chunk_frames).train()
+        if chunk_frames is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**inputs, labels=labels_of(inputs)).loss.backward()
+        gradients.append([p.grad for p in model.model.vision_tower.scorer.parameters()])
+    for plain, chunked in zip(*gradients):
+        torch.testing.assert_close(chunked, plain, atol=1e-6, rtol=1e-3)
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made inside it take at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes_of, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.bytes_of[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self.bytes_of = {key: value for key, value in self.bytes_of.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(num_bytes for _, num_bytes in self.bytes_of.values()))
+        return result
+
+
+@pytest.mark.parametrize("method, chunk_frames", [("scorer", None), ("scorer", 2), ("similarity", 2)])
+def test_in_chunks_memory_grows_by_one_hidden_state_of_the_frames(method, chunk_frames):
+    """And by its copy while it is put together; at once it grows by all that a block makes of it."""
+    model, peaks = lively_model(method=method, vision_chunk_frames=chunk_frames), []
+    for num_frames in (12, 20):
+        inputs = videos_of(video_inputs((num_frames,)))
+        with torch.no_grad(), PeakMemory() as memory:
+            model.get_video_features(**inputs, prune_ratio=0.9)
+        peaks.append(memory.peak)
+    growth = (peaks[1] - peaks[0]) / (8 * NUM_PATCHES * model.config.vision_config.hidden_size * 4)
+    assert growth > 5 if chunk_frames is None else growth < 2.2
+
+
+# --- a video that is not yet complete ---
+
+
+def next_frames(inputs, start, stop):
+    """The inputs of some frames of the only video."""
+    return {
+        "pixel_values_videos": inputs["pixel_values_videos"][start:stop],
+        "video_token_pooling": inputs["video_token_pooling"][: (stop - start) * NUM_WINDOWS],
+        "video_grids": torch.tensor([[stop - start, 9, 9]]),
+    }
+
+
+def in_turn(model, inputs, lengths, prune_ratio):
+    """What is returned for one part of a video after the other."""
+    parts, start = [], 0
+    for length in lengths:
+        frames = next_frames(inputs, start, start + length)
+        previous = parts[-1] if parts else None
+        with torch.no_grad():
+            parts.append(model.get_next_video_features(**frames, prune_ratio=prune_ratio, previous=previous))
+        start += length
+    return parts
+
+
+@pytest.mark.parametrize("vision_chunk_frames", [None, 2])
+@pytest.mark.parametrize("method", ["scorer", "similarity"])
+@pytest.mark.parametrize("lengths", [(3, 3), (1, 1, 3, 2)])
+def test_next_frames_equal_the_whole_video_with_the_same_keep_mask(monkeypatch, lengths, method, vision_chunk_frames):
+    model = lively_model(method=method, vision_chunk_frames=vision_chunk_frames)
+    inputs = video_inputs((sum(lengths),))
+    parts = in_turn(model, inputs, lengths, prune_ratio=0.6)
+    keep_mask = torch.cat([part.keep_masks[0] for part in parts]).bool()
+    monkeypatch.setattr(modeling, "select_windows", lambda scores, num_pruned: keep_mask)
+    monkeypatch.setattr(
+        modeling, "plan_pruning", lambda *args: PrunePlan([sum(lengths)], 9, 9, [int((~keep_mask).sum())])
+    )
+    with torch.no_grad():
+        whole = model.get_video_features(**videos_of(inputs))
+    torch.testing.assert_close(torch.cat([part.scores[0] for part in parts]), whole.scores[0], atol=1e-5, rtol=0)
+    features = torch.cat([part.pooler_output[0] for part in parts])
+    torch.testing.assert_close(features, whole.pooler_output[0], atol=1e-4, rtol=1e-4)
+
+
+def test_next_frames_keep_the_same_share_every_time(model):
+    parts = in_turn(model, video_inputs((9,)), [2, 2, 2, 2, 1], prune_ratio=0.75)
+    # Of 162 windows 121 go; the first frame stays whole, which leaves its 81.
+    assert [len(part.pooler_output[0]) for part in parts] == [81, 41, 41, 41, 21]
+    assert parts[0].keep_masks[0][0].all() and not parts[1].keep_masks[0][0].all()
+    assert [part.num_pruned for part in parts] == [81, 121, 121, 121, 60]
+    # What goes on to the next frames is of one size, and holds no more than it shows.
+    for part in parts:
+        assert part.last_windows.shape == (1, 81, 9, 32)
+        assert part.last_windows.untyped_storage().nbytes() == 81 * 9 * 32 * 4
+
+
+def test_next_frames_without_pruning_equal_native_molmo2(model):
+    inputs = video_inputs((4,))
+    parts = in_turn(model, inputs, [1, 3], prune_ratio=0.0)
+    with torch.no_grad():
+        native = native_twin(model).get_video_features(**videos_of(inputs), return_dict=True).pooler_output[0]
+    features = torch.cat([part.pooler_output[0] for part in parts])
+    torch.testing.assert_close(features, native, atol=1e-4, rtol=1e-4)
+
+
+def test_next_frames_of_several_videos_or_after_others_are_refused(model):
+    with pytest.raises(ValueError, match="takes frames of one video, got 2 videos"):
+        model.get_next_video_features(**videos_of(video_inputs((2, 3))))
+    inputs = videos_of(video_inputs((2,)))
+    with torch.no_grad():
+        unpruned = model.get_video_features(**inputs, prune_ratio=0.0)
+    with pytest.raises(ValueError, match=r"must have the shape \(1, 81, 9, 32\) of these frames, got None"):
+        model.get_next_video_features(**inputs, previous=unpruned)
+    with pytest.raises(ValueError, match="0 <= prune_ratio < 1, got 1"):
+        model.get_next_video_features(**inputs, prune_ratio=1)
+
+
 # --- the language model on the cut prompt ---
 
 
@@ -224,6 +412,26 @@ def test_decoding_by_hand_goes_on_after_the_uncut_prompt(model):
         cache = model(**inputs, use_cache=True).past_key_values
         step = model(input_ids=token, past_key_values=cache).logits[:, -1]
         torch.testing.assert_close(step, model(**longer).logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_several_videos_in_one_prompt(model):
+    """No processor of Molmo2 makes such prompts, but the model takes them."""
+    inputs = video_inputs((3, 2))
+    inputs["input_ids"] = torch.cat([row_of(inputs, row)["input_ids"] for row in range(2)], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == PLACEHOLDER).long()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, prune_ratio=0.0).logits, native_twin(model)(**inputs).logits)
+        outputs = model(**inputs)
+        videos = [
+            naive.video_features(model.model, frames, count_pruned_windows(len(frames), NUM_WINDOWS, 0.5))
+            for frames in inputs["pixel_values_videos"].split([3, 2])
+        ]
+        tokens = inputs["input_ids"][0, outputs.kept_token_idx[0]].tolist()
+        features = torch.cat([features for features, _, _ in videos])
+        positions = outputs.kept_token_idx[0].tolist()
+        expected = naive.language_logits(native_twin(model), tokens, features, PLACEHOLDER, positions)
+    torch.testing.assert_close(outputs.logits[0], expected, atol=1e-3, rtol=1e-3)
 
 
 # --- training ---
@@ -405,6 +613,8 @@ def test_compact_positions_cannot_be_given():
 def test_image_and_video_together_are_refused_as_natively(model):
     with pytest.raises(ValueError, match="pixel_values and pixel_values_videos are provided at the same time"):
         model(**video_inputs((2,)), pixel_values=torch.zeros(1, 729, 12))
+    with pytest.raises(ValueError, match="One call takes videos, images .* got videos and another"):
+        model.generate(**video_inputs((2,)), pixel_values=torch.zeros(1, 729, 12))
 
 
 # --- from a file to the cut prompt ---

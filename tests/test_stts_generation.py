@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 from modeling_stts.stts_generation import UncutStoppingCriteria
 
 
+VIDEO_NAMES = ("pixel_values_videos", "video_token_pooling", "video_grids")
 LENGTH = 341  # of the prompt of one video of 4 frames
 
 
@@ -415,3 +416,47 @@ def test_a_video_without_a_prompt_is_refused(model):
         inputs.pop(name)
     with pytest.raises(ValueError, match="A video needs its prompt"):
         model.generate(**inputs)
+
+
+# --- videos that were encoded before ---
+
+
+def encoded(model, inputs, prune_ratio):
+    with torch.no_grad():
+        return model.get_video_features(**{name: inputs.pop(name) for name in VIDEO_NAMES}, prune_ratio=prune_ratio)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3, "num_return_sequences": 2}])
+@pytest.mark.parametrize("prune_ratio", [0.0, 0.6])
+def test_encoded_videos_equal_raw_ones_again_and_again(model, prune_ratio, settings):
+    inputs, settings = video_inputs((4, 2)), {"max_new_tokens": 4, "do_sample": False, **settings}
+    expected = model.generate(**inputs, prune_ratio=prune_ratio, **settings)
+    video = encoded(model, inputs, prune_ratio)
+    for _ in range(2):
+        assert torch.equal(model.generate(**inputs, video_features=[video], **settings), expected)
+
+
+def test_parts_of_a_video_equal_the_video(model):
+    inputs = video_inputs((4,))
+    video = encoded(model, inputs, 0.6)
+    num_kept = video.keep_masks[0][:3].sum().item()
+    parts = [
+        type(video)(pooler_output=(features,), keep_masks=(mask,), num_pruned=int((mask == 0).sum()))
+        for features, mask in zip(video.pooler_output[0].tensor_split([num_kept]), video.keep_masks[0].split([3, 1]))
+    ]
+    settings = {"max_new_tokens": 4, "num_beams": 2}
+    expected = model.generate(**inputs, video_features=[video], **settings)
+    assert torch.equal(model.generate(**inputs, video_features=parts, **settings), expected)
+
+
+def test_encoded_videos_beside_what_does_not_go_with_them_are_refused(model):
+    raw, inputs = video_inputs((2,)), video_inputs((2,))
+    video = encoded(model, inputs, 0.5)
+    for extra in ({"prune_ratio": 0.5}, {"pixel_values_videos": raw["pixel_values_videos"]}):
+        with pytest.raises(ValueError, match="`video_features` cannot be passed with"):
+            model.generate(**inputs, video_features=[video], **extra)
+    for features, given in (([], "list"), (video, "Molmo2SttsVideoFeatures")):
+        with pytest.raises(ValueError, match=f"must be a list of at least one output, got {given}"):
+            model.generate(**inputs, video_features=features)
+    with pytest.raises(ValueError, match="hold 162 video tokens, but its videos have 324 windows"):
+        model.generate(**inputs, video_features=[video, video])

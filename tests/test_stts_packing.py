@@ -49,7 +49,7 @@ def keep_masks(max_frames=5):
 def test_unpacking_gives_the_kept_windows_back(mask, refill, in_segments):
     keep_mask = torch.tensor(mask)
     windows = torch.arange(keep_mask.numel() * 3 * 2.0).view(-1, 3, 2)
-    packing = pack_windows(keep_mask, int(keep_mask.sum()), 3, refill, in_segments)
+    [packing] = pack_windows(keep_mask, int(keep_mask.sum()), 3, refill, in_segments)
     assert torch.equal(packing.unpack(packing.pack(windows), 3), windows[keep_mask.flatten()])
 
 
@@ -58,8 +58,8 @@ def test_unpacking_gives_the_kept_windows_back(mask, refill, in_segments):
 def test_packed_equals_per_frame_attention(mask, refill):
     keep_mask, generator = torch.tensor(mask), torch.Generator().manual_seed(0)
     num_kept, windows = int(keep_mask.sum()), torch.randn(keep_mask.numel(), 3, 8, generator=generator)
-    bins = pack_windows(keep_mask, num_kept, 3, refill, in_segments=False)
-    flat = pack_windows(keep_mask, num_kept, 3, refill, in_segments=True)
+    [bins] = pack_windows(keep_mask, num_kept, 3, refill, in_segments=False)
+    [flat] = pack_windows(keep_mask, num_kept, 3, refill, in_segments=True)
     in_bins = bins.pack(windows)[:, None]
     in_bins = attend_with_mask(in_bins, in_bins, in_bins, bins.attention_mask)[:, 0]
     in_segments = flat.pack(windows)[:, None]
@@ -70,8 +70,26 @@ def test_packed_equals_per_frame_attention(mask, refill):
 
 def test_refill_brings_the_dropped_windows_of_a_lonely_frame():
     keep_mask = torch.tensor([[True, True, True, False], [True, False, False, False], [True, True, True, False]])
-    packing = pack_windows(keep_mask, 7, 1, refill=True, in_segments=True)
+    [packing] = pack_windows(keep_mask, 7, 1, refill=True, in_segments=True)
     # Frames 0 and 1 share a bin of 4 windows; frame 2 is alone and complete again.
     assert packing.packed_window_idx.tolist() == [0, 1, 2, 4, 8, 9, 10, 11]
     assert packing.cu_seqlens.tolist() == [0, 3, 4, 8]
     assert packing.kept_row_idx.tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+@settings(deadline=None)
+@given(keep_masks(), st.integers(1, 6), st.booleans(), st.booleans())
+def test_chunks_hold_what_one_packing_holds(mask, chunk_frames, refill, in_segments):
+    keep_mask = torch.tensor(mask)
+    num_kept, windows = int(keep_mask.sum()), torch.arange(keep_mask.numel() * 3 * 2.0).view(-1, 3, 2)
+    [whole] = pack_windows(keep_mask, num_kept, 3, refill, in_segments=True)
+    chunks = list(pack_windows(keep_mask, num_kept, 3, refill, in_segments, chunk_frames))
+    starts = range(0, keep_mask.numel(), chunk_frames * keep_mask.shape[1])
+    assert len(chunks) == len(starts)
+    packed = torch.cat([chunk.packed_window_idx + start for chunk, start in zip(chunks, starts)])
+    assert torch.equal(packed, whole.packed_window_idx)
+    kept = [chunk.take_kept(part) for chunk, part in zip(chunks, windows.split(chunk_frames * keep_mask.shape[1]))]
+    assert torch.equal(torch.cat(kept), windows[keep_mask.flatten()])
+    if in_segments:
+        lengths = torch.cat([chunk.cu_seqlens.diff() for chunk in chunks])
+        assert torch.equal(lengths, whole.cu_seqlens.diff())
