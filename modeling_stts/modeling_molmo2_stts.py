@@ -31,7 +31,13 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_molmo2_stts import Molmo2SttsConfig
 from .configuration_stts import SttsConfig, check_prune_ratio
-from .stts_attention import attend_in_segments, attend_with_mask, can_attend_in_segments, score_to_key_bias
+from .stts_attention import (
+    attend_in_segments,
+    attend_with_key_bias,
+    attend_with_mask,
+    can_attend_in_segments,
+    score_to_key_bias,
+)
 from .stts_generation import SttsGenerationMixin, remember_cut, remembered_cut
 from .stts_loss import neighbor_similarity, temporal_loss
 from .stts_packing import pack_windows
@@ -145,6 +151,7 @@ class Molmo2SttsVisionAttention(Molmo2VisionAttention):
     Differences from `Molmo2VisionAttention`:
     - with `attention_mask` or `cu_seqlens`, attention runs by torch's own kernels whatever implementation is set,
       because flash attention has no mask and none of the others has segments;
+    - an `attention_mask` of floating point, of shape `(batch_size, sequence_length)`, is a bias of the keys;
     - attention weights are not returned then.
     """
 
@@ -166,6 +173,8 @@ class Molmo2SttsVisionAttention(Molmo2VisionAttention):
         key, value = (repeat_kv(states, self.num_key_value_groups) for states in (key, value))
         if cu_seqlens is not None:
             output = attend_in_segments(query, key, value, cu_seqlens, max_seqlen)
+        elif attention_mask.is_floating_point():
+            output = attend_with_key_bias(query, key, value, attention_mask)
         else:
             output = attend_with_mask(query, key, value, attention_mask)
         return self.o_proj(output.transpose(1, 2).flatten(2)), None
@@ -244,7 +253,7 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
         keep_masks = [select_windows(video_scores, count) for video_scores, count in zip(scores, plan.num_pruned)]
         key_bias = self.key_bias(scores, plan, stts_config)
         if key_bias is not None:
-            key_bias = key_bias.repeat_interleave(patches_per_window, dim=1)[:, None, None]
+            key_bias = key_bias.repeat_interleave(patches_per_window, dim=1)
         hidden_states = self._run(biased_layer, biased_layer, hidden_states, features, key_bias)
 
         keep_mask, num_kept = torch.cat(keep_masks), sum(plan.num_kept)

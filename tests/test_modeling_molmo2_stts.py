@@ -363,8 +363,7 @@ def two_passes(monkeypatch):
     return layouts
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("prune_ratio", [0.0, 0.6])
+@pytest.mark.parametrize(("side", "prune_ratio"), [("left", 0.6), ("right", 0.0)])
 def test_two_passes_equal_the_dense_mask(two_passes, side, prune_ratio):
     models = [lively_model().train(), lively_model().train()]
     models[1].set_attn_implementation("eager")

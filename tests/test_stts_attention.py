@@ -6,6 +6,7 @@ from naive import attention_in_segments, key_bias
 
 from modeling_stts.stts_attention import (
     attend_in_segments,
+    attend_with_key_bias,
     attend_with_mask,
     can_attend_in_segments,
     score_to_key_bias,
@@ -43,6 +44,22 @@ def test_bool_mask_of_segments_equals_attention_segment_by_segment():
     segment = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     output = attend_with_mask(query, key, value, segment[:, None] == segment)
     torch.testing.assert_close(output, attention_in_segments(query, key, value, lengths))
+
+
+@pytest.mark.parametrize("head_dim", [5, 8, 72])
+def test_a_key_bias_is_an_additive_mask(head_dim):
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(2, 3, 13, head_dim, generator=generator, dtype=torch.double) for _ in range(4)]
+    key_bias = -2 * torch.rand(2, 13, generator=generator, dtype=torch.double)
+    *states, weight = (tensor.requires_grad_() for tensor in states)
+    key_bias.requires_grad_()
+    output = attend_with_key_bias(*states, key_bias)
+    expected = attend_with_mask(*states, key_bias[:, None, None])
+    torch.testing.assert_close(output, expected)
+    inputs = (*states, key_bias)
+    ours, others = (torch.autograd.grad((result * weight).sum(), inputs) for result in (output, expected))
+    for mine, other in zip(ours, others):
+        torch.testing.assert_close(mine, other)
 
 
 def test_segments_are_for_half_precision_on_cuda_only():
