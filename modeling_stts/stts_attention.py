@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from transformers.utils.import_utils import is_torch_greater_or_equal
 
 
-if is_torch_greater_or_equal("2.10"):
+_HAS_VARLEN = is_torch_greater_or_equal("2.10")
+if _HAS_VARLEN:
     from torch.nn.attention.varlen import varlen_attn
 
 
@@ -36,7 +37,7 @@ def score_to_key_bias(scores: torch.Tensor, num_frames: list[int], bias_floor: f
 def can_attend_in_segments(hidden_states: torch.Tensor) -> bool:
     """Whether variable-length attention exists for this tensor's device and dtype in the installed torch."""
     return (
-        is_torch_greater_or_equal("2.10")
+        _HAS_VARLEN
         and hidden_states.is_cuda
         and hidden_states.dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(hidden_states.device) >= (8, 0)
