@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # Shorter prompts, and so the tokens of a decoding step, are faster with the native mask.
-MIN_TWO_PASS_LENGTH = 1024
+MIN_TWO_PASS_LENGTH = 2048
 
 # Names of the scorer in checkpoints of the reference, as they are after the renaming rules of `molmo2`.
 _REFERENCE_SCORER = r"vision_tower\.transformer\.temporal_token_scorer\."

@@ -163,7 +163,8 @@ class _TwoPasses(torch.autograd.Function):
                 lse_of_later = lse_of_later.masked_fill(is_filler[:, None], -torch.inf)
             weight = (lse_of_later - lse_so_far).sigmoid()[..., None].to(output.dtype)
             output = _put(output, queries, torch.lerp(_take(output, queries), later, weight))
-            lse = _put(lse, queries, torch.logaddexp(lse_so_far, lse_of_later))
+            if any(ctx.needs_input_grad):
+                lse = _put(lse, queries, torch.logaddexp(lse_so_far, lse_of_later))
         ctx.save_for_backward(query, key, value, output, lse, vision_idx, is_filler, *rng_states)
         ctx.kernel, ctx.scaling = kernel, scaling
         return output

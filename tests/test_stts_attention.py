@@ -83,3 +83,20 @@ def test_varlen_equals_per_frame_attention(dtype, lengths):
     (output * weight.to(output)).sum().backward()
     (expected * weight).sum().backward()
     assert (states.grad.cpu().double() - reference.grad).norm() / reference.grad.norm() < 2e-2
+
+
+@pytest.mark.gpu
+def test_a_key_bias_takes_the_memory_of_the_keys_and_not_of_all_pairs():
+    states = torch.randn(3, 1, 4, 4096, 72, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    key_bias = (-2 * torch.rand(1, 4096, device="cuda")).requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output = attend_with_key_bias(*states, key_bias)
+    output.float().square().sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 4 * 4096 * 4096 * 2
+    exact, exact_bias = states.detach().double().requires_grad_(), key_bias.detach().double().requires_grad_()
+    expected = attend_with_mask(*exact, exact_bias[:, None, None])
+    expected.square().sum().backward()
+    pairs = ((output, expected), (states.grad, exact.grad), (key_bias.grad, exact_bias.grad))
+    for mine, other in pairs:
+        assert (mine.double() - other).norm() / other.norm() < 2e-2

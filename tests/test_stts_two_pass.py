@@ -96,3 +96,38 @@ def test_without_a_layout_it_is_sdpa():
     output, _ = two_pass_attention_forward(module, *states, None, scaling=0.5)
     expected = torch.nn.functional.scaled_dot_product_attention(*states, is_causal=True, scale=0.5)
     assert torch.equal(output, expected.transpose(1, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("length", [333, 1021])
+def test_kernels_of_cuda_agree_with_float64(kernel, side, length):
+    if kernel == "cudnn" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs Hopper")
+    generator = torch.Generator().manual_seed(length)
+    is_vision = torch.rand(2, length, generator=generator) < 0.9
+    is_real = torch.ones_like(is_vision)
+    (is_real[1, :100] if side == "left" else is_real[1, -100:]).fill_(False)
+    exact = random_states(2, length, 8, 2, 128, device="cuda")
+    seen = is_real[:, None] & (torch.ones(length, length).tril().bool() | (is_vision[:, :, None] & is_vision[:, None]))
+    real = is_real[:, None, :, None].cuda()
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *exact, attn_mask=seen[:, None].cuda(), scale=0.1, enable_gqa=True
+    )
+    states = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    layout = lay_out_tokens(kernel, is_vision.cuda(), is_real.cuda())
+    output = attend_in_two_passes(*states, layout, 0.1)
+    weight = torch.randn(expected.shape, generator=generator, dtype=torch.double).cuda() * real
+    ours = torch.autograd.grad(output, states, weight.bfloat16())
+    others = torch.autograd.grad((expected.nan_to_num() * weight).sum(), exact)
+    assert output.isfinite().all()
+    for mine, other in zip((output * real, *ours), (expected.nan_to_num() * real, *others)):
+        assert (mine.double() - other).norm() / other.norm() < 1e-2
+
+
+@pytest.mark.gpu
+def test_a_hopper_gpu_uses_cudnn_and_others_flash():
+    expected = "cudnn" if torch.cuda.get_device_capability() >= (9, 0) else "flash"
+    assert find_kernel(torch.device("cuda"), torch.bfloat16, 32, 8, 128) == expected
+    assert find_kernel(torch.device("cuda"), torch.float32, 32, 8, 128) is None
