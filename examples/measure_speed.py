@@ -40,6 +40,7 @@ def parse_args(argv=None):
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--runs", type=int, default=7, help="at most")
     parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--no-cudnn", action="store_true", help="leave attention to the other kernels of torch")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--plot", type=Path, help="PNG file")
     return parser.parse_args(argv)
@@ -70,7 +71,7 @@ def plan(args, device, native, stts):
     ratios = [Candidate("stts", stts, ratio) for ratio in RATIOS]
     candidates, runs = [Candidate("native", native), *ratios], Runs(most=args.runs)
     frames = sorted(args.num_frames)
-    # The longest videos last, after everything that takes less time.
+    # What takes long comes last: the longest videos, and compiling.
     short, longest = [n for n in frames if n <= 256], [n for n in frames if n > 256]
     jobs = []
 
@@ -93,12 +94,13 @@ def plan(args, device, native, stts):
     for n in longest:
         add("prefill", f"{n} frames, batch {first}", measure_prefill, candidates, n, first, device, few)
     for batch_size in larger:
-        for n in short:
+        for n in [n for n in short if n * batch_size <= 512]:
             add("prefill", f"{n} frames, batch {batch_size}", measure_prefill, candidates, n, batch_size, device, few)
-    both = [Candidate("native", native), Candidate("stts", stts, 0.5)]
-    compiled = [candidate._replace(is_compiled=True) for candidate in both]
-    add("compile", "prefill", measure_prefill, [*both, *compiled], frames[0], 1, device, runs)
-    add("compile", "decoding", measure_decoding, compiled, 128 if 128 in frames else frames[-1], 48, device)
+    pruned, compiled = (Candidate("stts", stts, 0.5, is_compiled) for is_compiled in (False, True))
+    add("compile", "prefill", measure_prefill, [pruned, compiled], frames[0], 1, device, runs)
+    longest_short = max(n for n in frames if n <= max(128, frames[0]))
+    decoders = [compiled._replace(prune_ratio=0.0), compiled]
+    add("compile", "decoding", measure_decoding, decoders, longest_short, 48, device)
     return jobs
 
 
@@ -106,6 +108,7 @@ def measure(args):
     """Measures what is not in the file yet, and writes it there."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.backends.cuda.enable_cudnn_sdp(not args.no_cudnn)
     device = torch.device("cuda" if torch.cuda.is_available() and args.size != "cpu" else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     start = time.monotonic()

@@ -33,7 +33,7 @@ OTHERS = [
     {"kind": "decoding", "num_frames": 64, "batch_size": 1, "candidate": "native", "prune_ratio": 0.0}
     | {"is_compiled": True, "tokens_per_second": 31.25},
     {"kind": "attention", "num_frames": 64, "num_tokens": 5461, "way": "sdpa", "first_ms": 1.5, "forward_ms": 1.0}
-    | {"backward_ms": 2.0, "error": 0.0, "gradient_error": 0.0},
+    | {"backward_ms": 2.0, "difference": 0.0, "gradient_difference": 0.0},
 ]
 RESULTS = {"about": ABOUT, "parts": {"prefill": ROWS, "others": OTHERS}}
 

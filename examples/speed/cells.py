@@ -1,7 +1,7 @@
 """What is measured: prefill, training step, decoding, and the language model's attention alone.
 
 Candidates run in turns on the same inputs, so that what changes on the machine meets all of them. A candidate that
-runs out of memory gets a row that says so.
+fails, or runs out of memory, gets a row that says so.
 """
 
 import contextlib
@@ -104,8 +104,8 @@ def run_in_turns(
                 continue
             try:
                 numbers, peaks[idx] = _run_once(run, candidate, device)
-            except torch.OutOfMemoryError:
-                errors[idx] = {"error": "out of memory"}
+            except RuntimeError as error:
+                errors[idx] = _describe(error)
                 _free(device)
                 continue
             if round_idx >= runs.warm_up:
@@ -123,6 +123,11 @@ def _run_once(run, candidate, device):
         return run(candidate), None
     torch.cuda.reset_peak_memory_stats()
     return run(candidate), torch.cuda.max_memory_allocated()
+
+
+def _describe(error: RuntimeError) -> dict[str, str]:
+    is_memory = isinstance(error, torch.OutOfMemoryError)
+    return {"error": "out of memory" if is_memory else f"{type(error).__name__}: {error}"[:200]}
 
 
 def _free(device):
@@ -239,6 +244,8 @@ def measure_decoding(
 
 def _decode_once(candidate, inputs, num_tokens, device):
     steps, cache = _StepClock(Clock(device)), "static" if candidate.is_compiled else "dynamic"
+    # Without kernels for several lengths of the cache, which are slower than those for one.
+    torch.compiler.reset()
     lengths = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
     criteria, options = StoppingCriteriaList([steps]), {"do_sample": False, "cache_implementation": cache}
     candidate.model.generate(**inputs, **lengths, **options, stopping_criteria=criteria, **candidate.kwargs)
@@ -261,7 +268,7 @@ def measure_attention(text_config, num_frames: int, kernels: list[str], device: 
 
     Returns:
         `list[dict]`: for each way `first_ms` (with what is planned for a new length), `forward_ms`, `backward_ms`,
-        `flops` of the forward, and the relative difference from `sdpa`: `error` and `gradient_error`.
+        `flops` of the forward, and the relative `difference` from `sdpa` and `gradient_difference`.
     """
     frame = [False] * 4 + [True] * 81 + [False]
     is_vision = torch.tensor([[False, *frame * num_frames, *[False] * 20]], device=device)
@@ -282,11 +289,15 @@ def measure_attention(text_config, num_frames: int, kernels: list[str], device: 
     flops = attention(causal_pairs(length, 81 * num_frames), heads[0] * head_dim)
     rows, reference = [], None
     for name, way in ways.items():
-        numbers, results = _time_way(way, states, device)
+        row = {"kind": "attention", "num_frames": num_frames, "num_tokens": length, "way": name, "flops": flops}
+        try:
+            numbers, results = _time_way(way, states, device)
+        except RuntimeError as error:
+            rows.append(row | _describe(error))
+            continue
         reference = results if reference is None else reference
         errors = [_relative_error(mine, other) for mine, other in zip(results, reference)]
-        row = {"kind": "attention", "num_frames": num_frames, "num_tokens": length, "way": name, "flops": flops}
-        rows.append(row | numbers | {"error": errors[0], "gradient_error": max(errors[1:])})
+        rows.append(row | numbers | {"difference": errors[0], "gradient_difference": max(errors[1:])})
     return rows
 
 

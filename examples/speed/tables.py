@@ -32,7 +32,7 @@ def to_markdown(results: dict[str, Any]) -> str:
             lines += ["", f"{title}: milliseconds, and how many times faster than native", "", *_speed_ups(plain)]
             lines += ["", f"{title}: in detail", "", *_details(chosen, about["matmul_tflops"])]
     lines += _table(rows, "decoding", ("num_frames", "candidate", "prune_ratio", "is_compiled", "tokens_per_second"))
-    numbers = ("first_ms", "forward_ms", "backward_ms", "error", "gradient_error")
+    numbers = ("first_ms", "forward_ms", "backward_ms", "difference", "gradient_difference")
     lines += _table(rows, "attention", ("num_frames", "num_tokens", "way", *numbers))
     return "\n".join(lines)
 
