@@ -588,7 +588,7 @@ class Molmo2SttsModel(Molmo2Model):
             raise ValueError(
                 "Flash attention reads positions with gaps as several packed sequences. Use "
                 '`stts_config.position_ids`="compact", or another implementation for the language model: '
-                '`attn_implementation={"text_config": "sdpa", "vision_config": "flash_attention_2"}`.'
+                '`attn_implementation={"vision_config": "flash_attention_2"}`.'
             )
         return cut.take((default if given is None else given).expand_as(cut.attention_mask), 0)
 
@@ -664,8 +664,9 @@ class Molmo2SttsModel(Molmo2Model):
         cache = inputs["past_key_values"]
         if cache is None or not cache.is_initialized:
             return True
-        features = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-        return int(cache.get_seq_length()) == 0 and any(inputs[name] is not None for name in features)
+        raw = (inputs["pixel_values"], inputs["pixel_values_videos"])
+        has_features = bool(inputs["mm_encoder_outputs"]) or any(pixels is not None for pixels in raw)
+        return has_features and int(cache.get_seq_length()) == 0
 
     @can_return_tuple
     def forward(
