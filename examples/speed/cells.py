@@ -56,9 +56,11 @@ class Candidate(NamedTuple):
         for part in parts:
             # What `part.compile()` sets, here once for all calls.
             part._compiled_call_impl = _compile(part)
-        yield
-        for part in parts:
-            part._compiled_call_impl = None
+        try:
+            yield
+        finally:
+            for part in parts:
+                part._compiled_call_impl = None
 
 
 @functools.cache
