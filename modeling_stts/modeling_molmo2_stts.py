@@ -19,6 +19,7 @@ from transformers.models.molmo2.modeling_molmo2 import (
     Molmo2Model,
     Molmo2ModelOutputWithPast,
     Molmo2PreTrainedModel,
+    Molmo2RMSNorm,
     Molmo2TextModel,
     Molmo2VisionAttention,
     Molmo2VisionEncoderLayer,
@@ -26,18 +27,26 @@ from transformers.models.molmo2.modeling_molmo2 import (
     Molmo2VisionModel,
     repeat_kv,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_molmo2_stts import Molmo2SttsConfig
 from .configuration_stts import SttsConfig, check_prune_ratio
-from .stts_attention import attend_in_segments, attend_with_mask, can_attend_in_segments, score_to_key_bias
+from .stts_attention import (
+    attend_in_segments,
+    attend_with_key_bias,
+    attend_with_mask,
+    can_attend_in_segments,
+    score_to_key_bias,
+)
 from .stts_generation import SttsGenerationMixin, remember_cut, remembered_cut
 from .stts_loss import neighbor_similarity, temporal_loss
 from .stts_packing import Packing, pack_windows
 from .stts_prompt import PromptCut, check_placeholders, cut_prompt
 from .stts_scorer import SttsScorer
 from .stts_selection import PrunePlan, plan_pruning, random_scores, select_windows
+from .stts_two_pass import IMPLEMENTATION as TWO_PASS
+from .stts_two_pass import TokenLayout, find_kernel, lay_out_tokens
 
 
 if TYPE_CHECKING:
@@ -45,6 +54,11 @@ if TYPE_CHECKING:
     from .pipeline_stts import VideoTextToTextPipeline  # noqa: F401
     from .processing_molmo2_stts import Molmo2SttsProcessor  # noqa: F401
 
+
+logger = logging.get_logger(__name__)
+
+# Shorter prompts, and so the tokens of a decoding step, are faster with the native mask.
+MIN_TWO_PASS_LENGTH = 2048
 
 # Names of the scorer in checkpoints of the reference, as they are after the renaming rules of `molmo2`.
 _REFERENCE_SCORER = r"vision_tower\.transformer\.temporal_token_scorer\."
@@ -159,6 +173,7 @@ class Molmo2SttsVisionAttention(Molmo2VisionAttention):
     Differences from `Molmo2VisionAttention`:
     - with `attention_mask` or `cu_seqlens`, attention runs by torch's own kernels whatever implementation is set,
       because flash attention has no mask and none of the others has segments;
+    - an `attention_mask` of floating point, of shape `(batch_size, sequence_length)`, is a bias of the keys;
     - attention weights are not returned then.
     """
 
@@ -180,6 +195,8 @@ class Molmo2SttsVisionAttention(Molmo2VisionAttention):
         key, value = (repeat_kv(states, self.num_key_value_groups) for states in (key, value))
         if cu_seqlens is not None:
             output = attend_in_segments(query, key, value, cu_seqlens, max_seqlen)
+        elif attention_mask.is_floating_point():
+            output = attend_with_key_bias(query, key, value, attention_mask)
         else:
             output = attend_with_mask(query, key, value, attention_mask)
         return self.o_proj(output.transpose(1, 2).flatten(2)), None
@@ -275,7 +292,7 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
         biases = [None] * num_chunks if choice.key_bias is None else choice.key_bias.split(size)
         kept_features = []
         for chunk_windows, bias, packing, early in zip(windows.split(size), biases, packings, features):
-            if packing.num_kept > 0:
+            if len(packing.kept_idx) > 0:
                 kept = self._encode_kept(biased_layer, chunk_windows, bias, packing, early)
                 kept_features.append(torch.cat([kept[layer] for layer in feature_layers], dim=-1))
         return Molmo2SttsVisionOutput(
@@ -324,7 +341,7 @@ class Molmo2SttsVisionModel(Molmo2VisionModel):
         """
         num_patches, features, last_layer = windows.shape[2], dict(features), max(features)
         if key_bias is not None:
-            key_bias = key_bias.repeat_interleave(num_patches, dim=1)[:, None, None]
+            key_bias = key_bias.repeat_interleave(num_patches, dim=1)
         hidden_states = self._run(biased_layer, biased_layer, windows.flatten(1, 2), features, key_bias)
         self._run(
             biased_layer + 1,
@@ -457,10 +474,29 @@ class Molmo2SttsAdapter(Molmo2Adapter):
         return BaseModelOutput(last_hidden_state=self.image_projector(pooled_features.squeeze(1)))
 
 
+class Molmo2SttsRMSNorm(Molmo2RMSNorm):
+    """
+    Differences from `Molmo2RMSNorm`: one kernel on CUDA, not eight, where weight and input have one dtype.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not hidden_states.is_cuda or hidden_states.dtype != self.weight.dtype:
+            return super().forward(hidden_states)
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+def _is_for_two_passes(text_config, prompt: torch.Tensor) -> bool:
+    is_long = prompt.shape[1] >= MIN_TWO_PASS_LENGTH
+    return text_config._attn_implementation == TWO_PASS and prompt.device.type == "cuda" and is_long
+
+
 class Molmo2SttsModel(Molmo2Model):
     """
     Differences from `Molmo2Model`:
     - videos are pruned: `get_video_features` returns the kept features, and `forward` cuts the prompt to them;
+    - where no attention implementation is asked for, the language model's is `sdpa_two_pass`: `sdpa`, but a prompt on
+      CUDA in half precision needs no mask of its length squared;
+    - the norms of the language model are `Molmo2SttsRMSNorm`;
     - `prune_ratio` overrides the configuration's for one call.
     """
 
@@ -473,7 +509,14 @@ class Molmo2SttsModel(Molmo2Model):
         config.check_values()
         self.vision_tower = Molmo2SttsVisionModel(config.vision_config)
         self.multi_modal_projector = Molmo2SttsAdapter(config.adapter_config)
+        if config.text_config._attn_implementation is None:
+            config.text_config._attn_implementation = TWO_PASS
+        # A class of its own would not get the rules by which transformers renames the weights of this one.
         self.language_model = Molmo2TextModel(config.text_config)
+        for name, module in list(self.language_model.named_modules()):
+            if isinstance(module, Molmo2RMSNorm):
+                norm = Molmo2SttsRMSNorm(len(module.weight), module.variance_epsilon)
+                self.language_model.set_submodule(name, norm)
         self.post_init()
 
     @can_return_tuple
@@ -707,7 +750,7 @@ class Molmo2SttsModel(Molmo2Model):
             raise ValueError(
                 "Flash attention reads positions with gaps as several packed sequences. Use "
                 '`stts_config.position_ids`="compact", or another implementation for the language model: '
-                '`attn_implementation={"text_config": "sdpa", "vision_config": "flash_attention_2"}`.'
+                '`attn_implementation={"vision_config": "flash_attention_2"}`.'
             )
         return cut.take((default if given is None else given).expand_as(cut.attention_mask), 0)
 
@@ -752,6 +795,40 @@ class Molmo2SttsModel(Molmo2Model):
         tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
         first = inputs["past_key_values"].get_seq_length() + earlier.num_removed
         return torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
+
+    def _token_layout(self, inputs: dict[str, Any]) -> TokenLayout | None:
+        """How the prompt is attended to in two passes; `None` where the native model is to make its mask."""
+        config, token_types = self.config.text_config, inputs["mm_token_type_ids"]
+        prompt = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
+        shape, attention_mask = prompt.shape[:2], inputs["attention_mask"]
+        if token_types is None or not _is_for_two_passes(config, prompt):
+            return None
+        fits = token_types.shape == shape and (attention_mask is None or attention_mask.shape == shape)
+        # Without mask and cache, positions with gaps mean several packed sequences.
+        is_packed = attention_mask is None and inputs["position_ids"] is not None and inputs["past_key_values"] is None
+        has_dropout = self.training and config.attention_dropout > 0
+        if not fits or is_packed or has_dropout or not self._is_prefill(inputs):
+            return None
+        kernel = find_kernel(
+            prompt.device, self.dtype, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        )
+        if kernel is None:
+            logger.warning_once(
+                f"torch {torch.__version__} has no kernel for {TWO_PASS} in {self.dtype} with heads of "
+                f"{config.head_dim} on this device. Masks of the prompt's length squared are used."
+            )
+            return None
+        return lay_out_tokens(kernel, token_types.to(prompt.device) == 1, attention_mask)
+
+    @staticmethod
+    def _is_prefill(inputs: dict[str, Any]) -> bool:
+        """Whether the tokens fill an empty cache or none, and so natively that images and frames see each other."""
+        cache = inputs["past_key_values"]
+        if cache is None or not cache.is_initialized:
+            return True
+        raw = (inputs["pixel_values"], inputs["pixel_values_videos"])
+        has_features = bool(inputs["mm_encoder_outputs"]) or any(pixels is not None for pixels in raw)
+        return has_features and int(cache.get_seq_length()) == 0
 
     @can_return_tuple
     def forward(
@@ -800,6 +877,11 @@ class Molmo2SttsModel(Molmo2Model):
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
         )
+        layout = self._token_layout(inputs)
+        if layout is not None:
+            # A mask of four dimensions is passed on as it is, where another would be made into a dense one.
+            inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+            kwargs["token_layout"] = layout
         outputs = super().forward(**inputs, use_cache=use_cache, return_dict=True, **kwargs)
         remember_cut(outputs.past_key_values, cut)
         return Molmo2SttsModelOutputWithPast(
@@ -962,6 +1044,15 @@ class Molmo2SttsForConditionalGeneration(SttsGenerationMixin, Molmo2ForCondition
             tokens = inputs_embeds if model_inputs.get("input_ids") is None else model_inputs["input_ids"]
             model_inputs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
         return model_inputs
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, is_first_iteration=False, **kwargs):
+        if is_first_iteration and _is_for_two_passes(config.get_text_config(), inputs_embeds):
+            # `forward` finds out whether it needs a mask.
+            return attention_mask
+        return Molmo2ForConditionalGeneration.create_masks_for_generate(
+            config, inputs_embeds, attention_mask, is_first_iteration=is_first_iteration, **kwargs
+        )
 
 
 __all__ = ["Molmo2SttsForConditionalGeneration", "Molmo2SttsModel"]

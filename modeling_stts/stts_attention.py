@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from transformers.utils.import_utils import is_torch_greater_or_equal
 
 
-if is_torch_greater_or_equal("2.10"):
+_HAS_VARLEN = is_torch_greater_or_equal("2.10")
+if _HAS_VARLEN:
     from torch.nn.attention.varlen import varlen_attn
 
 
@@ -36,7 +37,7 @@ def score_to_key_bias(scores: torch.Tensor, num_frames: list[int], bias_floor: f
 def can_attend_in_segments(hidden_states: torch.Tensor) -> bool:
     """Whether variable-length attention exists for this tensor's device and dtype in the installed torch."""
     return (
-        is_torch_greater_or_equal("2.10")
+        _HAS_VARLEN
         and hidden_states.is_cuda
         and hidden_states.dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(hidden_states.device) >= (8, 0)
@@ -62,6 +63,30 @@ def attend_in_segments(
     return output.transpose(0, 1)[None]
 
 
+def attend_with_key_bias(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_bias: torch.Tensor
+) -> torch.Tensor:
+    """
+    Attention with a bias for each key, scaled by `head_dim ** -0.5`. The bias becomes part of the keys, in columns
+    where all queries are 1. As an additive mask, its gradient would be as large as all attention weights.
+
+    Args:
+        query, key, value (`torch.Tensor` of shape `(batch_size, num_heads, sequence_length, head_dim)`).
+        key_bias (`torch.Tensor` of shape `(batch_size, sequence_length)`).
+
+    Returns:
+        `torch.Tensor` of the query's shape.
+    """
+    head_dim = query.shape[-1]
+    scale = head_dim**-0.5
+    # Fast kernels want one head size for all three, a multiple of 8.
+    num_columns = 8 - head_dim % 8
+    column = (key_bias / (scale * num_columns))[:, None, :, None].to(key.dtype)
+    key = torch.cat([key, column.expand(*key.shape[:3], num_columns)], dim=-1)
+    query, value = F.pad(query, (0, num_columns), value=1.0), F.pad(value, (0, num_columns))
+    return F.scaled_dot_product_attention(query, key, value, scale=scale)[..., :head_dim]
+
+
 def attend_with_mask(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
@@ -71,11 +96,9 @@ def attend_with_mask(
     Args:
         query, key, value (`torch.Tensor` of shape `(batch_size, num_heads, sequence_length, head_dim)`).
         attention_mask (`torch.Tensor` that broadcasts to `(batch_size, num_heads, sequence_length, sequence_length)`):
-            bool (True = attend; a query without any key gets zeros) or additive.
+            bool, True = attend. A query without any key gets zeros.
 
     Returns:
         `torch.Tensor` of the query's shape.
     """
-    if attention_mask.is_floating_point():
-        attention_mask = attention_mask.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)

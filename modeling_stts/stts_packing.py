@@ -60,7 +60,7 @@ class Packing(NamedTuple):
     The patches that take part in the later blocks and how they attend. Made by `pack_windows`.
 
     packed_window_idx (`torch.Tensor` of shape `(num_packed,)`, int64): windows that take part, into all windows.
-    kept_row_idx (`torch.Tensor` of shape `(num_kept,)`, int64): which of those are kept afterwards.
+    kept_row_idx (`torch.Tensor` of shape `(num_kept,)`, int64): which of those are kept afterwards; `None` = all.
     cu_seqlens (`torch.Tensor` of shape `(num_frames + 1,)`, int32): segment starts in patches; `None` with bins.
     slot_idx (`torch.Tensor` of shape `(num_packed,)`, int64): each window's slot in the bins; `None` without bins.
     attention_mask (`torch.Tensor` of shape `(num_bins, 1, bin_size, bin_size)`, bool): block-diagonal; `None`
@@ -68,14 +68,15 @@ class Packing(NamedTuple):
     """
 
     packed_window_idx: torch.Tensor
-    kept_row_idx: torch.Tensor
+    kept_row_idx: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
     slot_idx: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
 
     @property
-    def num_kept(self) -> int:
-        return len(self.kept_row_idx)
+    def kept_idx(self) -> torch.Tensor:
+        """The kept windows, into all windows."""
+        return self.packed_window_idx if self.kept_row_idx is None else self.packed_window_idx[self.kept_row_idx]
 
     def pack(self, windows: torch.Tensor) -> torch.Tensor:
         """
@@ -103,8 +104,9 @@ class Packing(NamedTuple):
             `torch.Tensor` of shape `(num_kept, num_patches, hidden_size)`: the kept windows.
         """
         rows = hidden_states.reshape(-1, num_patches, hidden_states.shape[-1])
-        idx = self.kept_row_idx if self.slot_idx is None else self.slot_idx[self.kept_row_idx]
-        return rows[idx.to(rows.device)]
+        for idx in (self.slot_idx, self.kept_row_idx):
+            rows = rows if idx is None else rows[idx.to(rows.device)]
+        return rows
 
     def take_kept(self, windows: torch.Tensor) -> torch.Tensor:
         """
@@ -114,7 +116,7 @@ class Packing(NamedTuple):
         Returns:
             `torch.Tensor` of shape `(num_kept, num_patches, hidden_size)`: the kept windows.
         """
-        return windows[self.packed_window_idx[self.kept_row_idx].to(windows.device)]
+        return windows[self.kept_idx.to(windows.device)]
 
 
 def pack_windows(
@@ -168,7 +170,9 @@ def _pack_chunk(
     in_segments: bool,
 ) -> Packing:
     packed_window_idx = kept_window_idx(takes_part, num_packed)
-    kept_row_idx = kept_window_idx(keep_mask.flatten()[packed_window_idx], num_kept)
+    kept_row_idx = None
+    if num_packed > num_kept:
+        kept_row_idx = kept_window_idx(keep_mask.flatten()[packed_window_idx], num_kept)
     starts = F.pad(takes_part.sum(1).cumsum(0), (1, 0))
     if in_segments:
         return Packing(packed_window_idx, kept_row_idx, cu_seqlens=(starts * num_patches).int())
@@ -187,6 +191,7 @@ def _place_in_bins(
     first_slot = torch.tensor(plan.bin_idx, device=device) * num_windows + torch.tensor(plan.start, device=device)
     slot_idx = first_slot[frame] + rank_in_frame
     frame_of_slot = torch.full((plan.num_bins * num_windows,), -1, device=device).index_copy(0, slot_idx, frame)
-    frame_of_slot = frame_of_slot.view(plan.num_bins, num_windows).repeat_interleave(num_patches, dim=1)
-    same_frame = frame_of_slot[:, None, :, None] == frame_of_slot[:, None, None, :]
-    return slot_idx, same_frame & (frame_of_slot >= 0)[:, None, None, :]
+    frame_of_query = frame_of_slot.view(plan.num_bins, 1, num_windows, 1)
+    frame_of_key = frame_of_query.masked_fill(frame_of_query < 0, -2).mT
+    same_frame = frame_of_query == frame_of_key
+    return slot_idx, same_frame.repeat_interleave(num_patches, dim=3).repeat_interleave(num_patches, dim=2)

@@ -11,7 +11,7 @@ from test_golden import expected_features
 from test_modeling_molmo2_stts import labels_of
 
 import modeling_stts.modeling_molmo2_stts as modeling
-from hub_upload.tiny import tiny_config
+from hub_upload.tiny import tiny_config, tiny_model
 from modeling_stts import (
     Molmo2SttsConfig,
     Molmo2SttsForConditionalGeneration,
@@ -223,3 +223,115 @@ def test_frames_are_resized_on_the_device_that_is_asked_for():
     difference = (on_gpu["pixel_values_videos"].cpu() - on_cpu["pixel_values_videos"]).abs()
     assert difference.max() <= 2.01 / 255 and (difference > 1e-6).float().mean() < 1e-3
     assert torch.equal(on_gpu["video_token_pooling"].cpu(), on_cpu["video_token_pooling"])
+
+
+# --- the language model ---
+
+
+def two_pass_model():
+    """A lively tiny model with heads that the fast kernels take, in bfloat16, and one with the dense mask."""
+    config = tiny_config()
+    config.text_config.head_dim = 64
+    ours = enliven(type(tiny_model())(config).eval()).cuda().bfloat16()
+    dense = copy.deepcopy(ours)
+    dense.set_attn_implementation("sdpa")
+    return ours, dense
+
+
+@pytest.fixture
+def layouts(monkeypatch):
+    """Lets short prompts be attended to in two passes. Returns the layouts that are made."""
+    made, lay_out = [], modeling.lay_out_tokens
+    monkeypatch.setattr(modeling, "MIN_TWO_PASS_LENGTH", 2)
+    monkeypatch.setattr(modeling, "lay_out_tokens", lambda *args: made.append(lay_out(*args)) or made[-1])
+    return made
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("prune_ratio", [0.0, 0.6])
+def test_two_passes_are_as_near_to_float32_as_the_dense_mask(layouts, side, prune_ratio):
+    ours, dense = two_pass_model()
+    inputs, logits = to_cuda(video_inputs((6, 2), side)), []
+    # Random scores are the same in both precisions, so both keep the same windows.
+    for model in (ours, dense, copy.deepcopy(dense).float()):
+        model.config.stts_config.method = "random"
+        with torch.no_grad():
+            outputs = model(**inputs, prune_ratio=prune_ratio)
+        kept = outputs.kept_token_idx
+        real = inputs["attention_mask"] == 1 if kept is None else kept >= 0
+        logits.append(outputs.logits[real])
+    assert len(layouts) == 1
+    errors = [relative_error(mine, logits[2]) for mine in logits[:2]]
+    assert errors[0] < 1.5 * errors[1] + 1e-3
+
+
+def test_training_in_two_passes_under_autocast(layouts):
+    ours, dense = (model.float().train() for model in two_pass_model())
+    inputs, gradients = to_cuda(video_inputs((6, 2), "right")), []
+    for model in (ours, dense):
+        model.config.stts_config.method = "random"
+        model.gradient_checkpointing_enable()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(**inputs, labels=labels_of(inputs)).loss
+        loss.backward()
+        gradients.append([p.grad for p in model.model.language_model.parameters()])
+    assert len(layouts) == 1
+    for mine, other in zip(*gradients):
+        assert relative_error(mine, other) < 5e-2
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_after_two_passes_agrees_with_single_prompts(layouts, cache):
+    ours, _ = two_pass_model()
+    inputs = to_cuda(video_inputs((4, 2)))
+    kwargs = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache, "prune_ratio": 0.5}
+    together = ours.generate(**inputs, **kwargs)
+    assert len(layouts) == 1 and together.shape == (2, inputs["input_ids"].shape[1] + 4)
+    # Near ties may fall either way in bfloat16; the first token is decided by the prefill alone.
+    first = ours.generate(**inputs, **(kwargs | {"max_new_tokens": 1}))
+    assert torch.equal(together[:, :-3], first)
+
+
+def test_memory_of_a_prefill_grows_with_its_length_only():
+    config = tiny_config()
+    config.text_config.head_dim = 64
+    model = type(tiny_model())(config).eval().cuda().bfloat16()
+    peaks = []
+    for length in (20_000, 40_000):
+        ids = torch.full((1, length), 30, device="cuda")
+        ids[:, 100:-100] = config.image_patch_id
+        features = {"video": modeling.Molmo2SttsVideoFeatures(pooler_output=(torch.zeros(length - 200, 32).cuda(),))}
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            features["video"].pooler_output = tuple(part.bfloat16() for part in features["video"].pooler_output)
+            positions = torch.arange(length, device="cuda")[None]
+            types = (ids == config.image_patch_id).long()
+            model(
+                ids,
+                mm_token_type_ids=types,
+                position_ids=positions,
+                attention_mask=torch.ones_like(ids),
+                mm_encoder_outputs=features,
+                logits_to_keep=1,
+            )
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    # A mask of 40,000 x 40,000 alone would take 1.6 GB.
+    assert peaks[1] < 2.1 * peaks[0] < 1e9
+
+
+def test_a_compiled_language_model_agrees(layouts):
+    ours, _ = two_pass_model()
+    inputs = to_cuda(video_inputs((6,)))
+    with torch.no_grad():
+        expected = ours(**inputs).logits
+        ours.model.language_model.compile(fullgraph=True)
+        assert relative_error(ours(**inputs).logits, expected) < 2e-2
+
+
+def test_norms_in_one_kernel_are_near_float32():
+    norm = modeling.Molmo2SttsRMSNorm(128).cuda().bfloat16()
+    hidden_states = torch.randn(64, 32, 128, device="cuda", dtype=torch.bfloat16)
+    expected = super(type(norm), copy.deepcopy(norm).float()).forward(hidden_states.float())
+    assert relative_error(norm(hidden_states), expected) < 5e-3

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from inputs import NUM_PATCHES, NUM_WINDOWS, PLACEHOLDER, lively_model, row_of, video_inputs
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Molmo2Config, Molmo2ForConditionalGeneration
+from transformers import AttentionMaskInterface, Molmo2Config, Molmo2ForConditionalGeneration
 
 import modeling_stts.modeling_molmo2_stts as modeling
-from hub_upload.tiny import tiny_config, tiny_processor
+from hub_upload.tiny import tiny_config, tiny_model, tiny_processor
 from modeling_stts import SttsConfig
 from modeling_stts.stts_selection import PrunePlan, count_pruned_windows, random_scores
 
@@ -551,6 +551,97 @@ def test_flash_attention_of_the_language_model_needs_compact_positions(model):
     model.config.text_config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="Flash attention reads positions with gaps"):
         model(**video_inputs((3,)))
+
+
+# --- two passes instead of a mask ---
+
+
+@pytest.fixture
+def two_passes(monkeypatch):
+    """Lets the CPU attend in two passes. Returns the layouts that are made."""
+    layouts, lay_out = [], modeling.lay_out_tokens
+    monkeypatch.setattr(modeling, "find_kernel", lambda *shape: "cpu")
+    monkeypatch.setattr(
+        modeling,
+        "_is_for_two_passes",
+        lambda config, prompt: config._attn_implementation == modeling.TWO_PASS and prompt.shape[1] > 1,
+    )
+    monkeypatch.setattr(modeling, "lay_out_tokens", lambda *args: layouts.append(lay_out(*args)) or layouts[-1])
+    return layouts
+
+
+@pytest.mark.parametrize(("side", "prune_ratio"), [("left", 0.6), ("right", 0.0)])
+def test_two_passes_equal_the_dense_mask(two_passes, side, prune_ratio):
+    models = [lively_model().train(), lively_model().train()]
+    models[1].set_attn_implementation("eager")
+    inputs, results = video_inputs((3, 1, 2), side), []
+    # The first real token would be predicted from padding, which may hold anything.
+    labels = labels_of(inputs).masked_fill(inputs["attention_mask"].roll(1, 1) == 0, -100)
+    for model in models:
+        outputs = model(**inputs, labels=labels, prune_ratio=prune_ratio)
+        outputs.loss.backward()
+        results.append(outputs)
+    assert len(two_passes) == 1 and two_passes[0].is_filler is not None
+    real = results[0].labels != -100
+    torch.testing.assert_close(results[0].logits[real], results[1].logits[real], atol=1e-3, rtol=1e-3)
+    for (name, ours), (_, dense) in zip(*(model.named_parameters() for model in models)):
+        if dense.grad is not None:
+            torch.testing.assert_close(ours.grad, dense.grad, atol=1e-4, rtol=2e-3, msg=name)
+
+
+def test_a_prompt_that_hides_tokens_between_others_gets_the_dense_mask(two_passes, model):
+    inputs = video_inputs((2,))
+    inputs["attention_mask"][0, 40] = 0
+    with torch.no_grad():
+        logits = model(**inputs, prune_ratio=0.0).logits
+        assert torch.equal(logits, native_twin(model)(**inputs).logits)
+    assert two_passes == [None]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_in_two_passes(two_passes, model, cache):
+    inputs = video_inputs((4, 2))
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache}
+    generated = model.generate(**inputs, **kwargs)
+    assert len(two_passes) == 1 and two_passes[0].order is not None
+    eager = lively_model()
+    eager.set_attn_implementation("eager")
+    assert torch.equal(generated, eager.generate(**inputs, **kwargs))
+
+
+def test_no_mask_is_as_large_as_the_prompt_squared(two_passes, model, monkeypatch):
+    sizes, to_mask = [], AttentionMaskInterface._global_mapping[modeling.TWO_PASS]
+    monkeypatch.setitem(
+        AttentionMaskInterface._global_mapping,
+        modeling.TWO_PASS,
+        lambda **kwargs: sizes.append(kwargs["q_length"]) or to_mask(**kwargs),
+    )
+    model.generate(**video_inputs((4, 2)), max_new_tokens=3, cache_implementation="static")
+    assert set(sizes) == {1}
+
+
+def test_packed_positions_and_filled_caches_are_not_for_two_passes(two_passes, model):
+    ids = torch.arange(20, 30)[None]
+    inputs = {"input_ids": ids, "mm_token_type_ids": torch.zeros_like(ids)}
+    with torch.no_grad():
+        model(**inputs, position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]), use_cache=False)
+        assert two_passes == []
+        cache = model(**inputs, use_cache=True).past_key_values
+        model(**inputs, past_key_values=cache)
+    assert len(two_passes) == 1
+
+
+@pytest.mark.parametrize("implementation", [None, "sdpa", "eager", {"vision_config": "eager"}])
+def test_the_attention_implementation_of_the_caller_is_kept(implementation):
+    config = tiny_config()
+    if implementation is not None:
+        config._attn_implementation = implementation
+    model = type(tiny_model())(config)
+    expected = implementation if isinstance(implementation, str) else "sdpa_two_pass"
+    assert model.config.text_config._attn_implementation == expected
+    assert model.config.vision_config._attn_implementation == (
+        "eager" if isinstance(implementation, dict) else implementation or "sdpa"
+    )
 
 
 # --- bad input ---

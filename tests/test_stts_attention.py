@@ -6,6 +6,7 @@ from naive import attention_in_segments, key_bias
 
 from modeling_stts.stts_attention import (
     attend_in_segments,
+    attend_with_key_bias,
     attend_with_mask,
     can_attend_in_segments,
     score_to_key_bias,
@@ -45,6 +46,22 @@ def test_bool_mask_of_segments_equals_attention_segment_by_segment():
     torch.testing.assert_close(output, attention_in_segments(query, key, value, lengths))
 
 
+@pytest.mark.parametrize("head_dim", [5, 8, 72])
+def test_a_key_bias_is_an_additive_mask(head_dim):
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(2, 3, 13, head_dim, generator=generator, dtype=torch.double) for _ in range(4)]
+    key_bias = -2 * torch.rand(2, 13, generator=generator, dtype=torch.double)
+    *states, weight = (tensor.requires_grad_() for tensor in states)
+    key_bias.requires_grad_()
+    output = attend_with_key_bias(*states, key_bias)
+    expected = attend_with_mask(*states, key_bias[:, None, None])
+    torch.testing.assert_close(output, expected)
+    inputs = (*states, key_bias)
+    ours, others = (torch.autograd.grad((result * weight).sum(), inputs) for result in (output, expected))
+    for mine, other in zip(ours, others):
+        torch.testing.assert_close(mine, other)
+
+
 def test_segments_are_for_half_precision_on_cuda_only():
     assert not can_attend_in_segments(torch.zeros(1, dtype=torch.bfloat16))
 
@@ -66,3 +83,20 @@ def test_varlen_equals_per_frame_attention(dtype, lengths):
     (output * weight.to(output)).sum().backward()
     (expected * weight).sum().backward()
     assert (states.grad.cpu().double() - reference.grad).norm() / reference.grad.norm() < 2e-2
+
+
+@pytest.mark.gpu
+def test_a_key_bias_takes_the_memory_of_the_keys_and_not_of_all_pairs():
+    states = torch.randn(3, 1, 4, 4096, 72, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    key_bias = (-2 * torch.rand(1, 4096, device="cuda")).requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output = attend_with_key_bias(*states, key_bias)
+    output.float().square().sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 4 * 4096 * 4096 * 2
+    exact, exact_bias = states.detach().double().requires_grad_(), key_bias.detach().double().requires_grad_()
+    expected = attend_with_mask(*exact, exact_bias[:, None, None])
+    expected.square().sum().backward()
+    pairs = ((output, expected), (states.grad, exact.grad), (key_bias.grad, exact_bias.grad))
+    for mine, other in pairs:
+        assert (mine.double() - other).norm() / other.norm() < 2e-2

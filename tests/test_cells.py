@@ -1,0 +1,64 @@
+import pytest
+import torch
+from speed.cells import Candidate, Runs, measure_attention, run_in_turns
+from transformers import Molmo2Config
+
+
+CPU = torch.device("cpu")
+
+
+def test_candidates_take_turns_and_medians_count_without_the_warm_up():
+    order, numbers = [], iter([900.0, 900.0, 1.0, 10.0, 5.0, 30.0, 2.0, 20.0])
+
+    def run(candidate):
+        order.append(candidate.name)
+        return {"total_ms": next(numbers)}
+
+    rows = run_in_turns([Candidate("native", None), Candidate("stts", None, 0.5)], run, CPU, Runs(1, 3, 3))
+    assert order == ["native", "stts"] * 4
+    assert [(row["candidate"], row["prune_ratio"], row["total_ms"], row["num_runs"]) for row in rows] == [
+        ("native", 0.0, 2.0, 3),
+        ("stts", 0.5, 20.0, 3),
+    ]
+
+
+def test_a_candidate_out_of_memory_is_recorded_and_the_others_go_on():
+    calls = []
+
+    def run(candidate):
+        calls.append(candidate.name)
+        if candidate.name == "native" and len(calls) > 2:
+            raise torch.OutOfMemoryError
+        return {"total_ms": 1.0}
+
+    rows = run_in_turns([Candidate("native", None), Candidate("stts", None)], run, CPU, Runs(1, 2, 2))
+    assert rows[0]["error"] == "out of memory" and "total_ms" not in rows[0]
+    assert rows[1]["num_runs"] == 2 and calls == ["native", "stts", "native", "stts", "stts"]
+
+
+def test_a_failure_is_recorded_in_its_own_words():
+    def run(candidate):
+        raise RuntimeError("no kernel")
+
+    assert run_in_turns([Candidate("stts", None)], run, CPU, Runs())[0]["error"] == "RuntimeError: no kernel"
+
+
+def test_a_way_of_attention_that_fails_is_recorded_too():
+    config = Molmo2Config(text_config={"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}).text_config
+    rows = measure_attention(config, 1, ["cudnn"], CPU)
+    assert "forward_ms" in rows[0] and "NotImplementedError" in rows[1]["error"]
+
+
+def test_slow_candidates_run_less_often():
+    rows = run_in_turns([Candidate("stts", None)], lambda candidate: {"ms": 0.0}, CPU, Runs(0, 9, 2, seconds=-1.0))
+    assert rows[0]["num_runs"] == 2
+
+
+@pytest.mark.parametrize("num_frames", [1, 3])
+def test_both_ways_of_attention_agree(num_frames):
+    text = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32}
+    rows = measure_attention(Molmo2Config(text_config=text).text_config, num_frames, ["cpu"], CPU)
+    assert [row["way"] for row in rows] == ["sdpa", "two passes, cpu"]
+    assert rows[1]["num_tokens"] == 21 + 86 * num_frames
+    assert rows[1]["difference"] < 1e-5 and rows[1]["gradient_difference"] < 1e-5
+    assert all(row[name] > 0 for row in rows for name in ("first_ms", "forward_ms", "backward_ms"))

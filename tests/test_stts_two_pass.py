@@ -1,0 +1,133 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_stts.stts_two_pass import attend_in_two_passes, find_kernel, lay_out_tokens, two_pass_attention_forward
+
+
+def attend_one_by_one(query, key, value, is_vision, is_real, scaling):
+    """The attention of each real token by itself, over all it may see; zeros for padding."""
+    rows = []
+    for b in range(query.shape[0]):
+        for h in range(query.shape[1]):
+            kv_head = h * key.shape[1] // query.shape[1]
+            for i in range(query.shape[2]):
+                seen = [
+                    j
+                    for j in range(query.shape[2])
+                    if is_real[b, j] and (j <= i or (is_vision[b, i] and is_vision[b, j]))
+                ]
+                logits = key[b, kv_head, seen] @ query[b, h, i] * scaling
+                attended = logits.softmax(-1) @ value[b, kv_head, seen]
+                rows.append(attended if is_real[b, i] else attended * 0)
+    return torch.stack(rows).view_as(query)
+
+
+def random_states(batch_size, length, num_heads=4, num_key_value_heads=2, head_dim=8, device="cpu"):
+    generator = torch.Generator().manual_seed(length)
+    return [
+        torch.randn(batch_size, length, heads, head_dim, generator=generator, dtype=torch.double)
+        .to(device)
+        .transpose(1, 2)
+        .requires_grad_()
+        for heads in (num_heads, num_key_value_heads, num_key_value_heads)
+    ]
+
+
+@st.composite
+def prompts(draw):
+    """Rows of tokens, "v"ision, "t"ext and padding, padded on one side."""
+    rows = draw(st.lists(st.text("vt", min_size=1, max_size=13), min_size=1, max_size=3))
+    length, side = max(map(len, rows)), draw(st.sampled_from([str.ljust, str.rjust]))
+    return [side(row, length) for row in rows]
+
+
+@settings(deadline=None, max_examples=60)
+@given(prompts())
+def test_values_and_gradients_equal_the_naive_twin(rows):
+    is_vision = torch.tensor([[token == "v" for token in row] for row in rows])
+    is_real = torch.tensor([[token != " " for token in row] for row in rows])
+    states = random_states(*is_vision.shape)
+    layout = lay_out_tokens("cpu", is_vision, is_real.long())
+    output = attend_in_two_passes(*states, layout, 0.3)
+    expected = attend_one_by_one(*states, is_vision, is_real, 0.3)
+    real = is_real[:, None, :, None].expand_as(output)
+    torch.testing.assert_close(output[real], expected[real])
+    weight = torch.randn_like(expected) * real
+    ours, naive = (torch.autograd.grad((result * weight).sum(), states) for result in (output, expected))
+    for mine, other in zip(ours, naive):
+        torch.testing.assert_close(mine, other)
+
+
+def test_float32_at_an_odd_size():
+    is_vision = torch.rand(2, 67, generator=torch.Generator().manual_seed(0)) < 0.8
+    states = random_states(2, 67)
+    expected = attend_one_by_one(*states, is_vision, torch.ones_like(is_vision), 0.25)
+    states = [tensor.detach().float() for tensor in states]
+    output = attend_in_two_passes(*states, lay_out_tokens("cpu", is_vision), 0.25)
+    torch.testing.assert_close(output, expected.float(), atol=1e-5, rtol=1e-4)
+
+
+def test_vision_tokens_that_the_mask_hides_are_padding():
+    is_vision, mask = torch.ones(1, 5, dtype=torch.bool), torch.tensor([[0, 0, 1, 1, 1]])
+    layout = lay_out_tokens("cpu", is_vision, mask)
+    assert layout.order.tolist() == [[2, 3, 4, 0, 1]] and layout.vision_idx.tolist() == [[2, 1, 0]]
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [0, 1, 0, 1, 0]])
+def test_hidden_tokens_between_others_have_no_layout(mask):
+    assert lay_out_tokens("cpu", torch.ones(1, 5, dtype=torch.bool), torch.tensor([mask])) is None
+
+
+def test_nothing_is_moved_where_nothing_needs_to_be():
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    layout = lay_out_tokens("cpu", torch.zeros(2, 5, dtype=torch.bool), mask)
+    assert layout[1:] == (None, None, None, None)
+
+
+def test_the_cpu_has_no_kernel_by_default():
+    assert find_kernel(torch.device("cpu"), torch.bfloat16, 4, 2, 16) is None
+
+
+def test_without_a_layout_it_is_sdpa():
+    states = [tensor.detach() for tensor in random_states(1, 6, num_key_value_heads=4)]
+    module = torch.nn.Module()
+    output, _ = two_pass_attention_forward(module, *states, None, scaling=0.5)
+    expected = torch.nn.functional.scaled_dot_product_attention(*states, is_causal=True, scale=0.5)
+    assert torch.equal(output, expected.transpose(1, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("length", [333, 1021])
+def test_kernels_of_cuda_agree_with_float64(kernel, side, length):
+    if kernel == "cudnn" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs Hopper")
+    generator = torch.Generator().manual_seed(length)
+    is_vision = torch.rand(2, length, generator=generator) < 0.9
+    is_real = torch.ones_like(is_vision)
+    (is_real[1, :100] if side == "left" else is_real[1, -100:]).fill_(False)
+    exact = random_states(2, length, 8, 2, 128, device="cuda")
+    seen = is_real[:, None] & (torch.ones(length, length).tril().bool() | (is_vision[:, :, None] & is_vision[:, None]))
+    real = is_real[:, None, :, None].cuda()
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *exact, attn_mask=seen[:, None].cuda(), scale=0.1, enable_gqa=True
+    )
+    states = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    layout = lay_out_tokens(kernel, is_vision.cuda(), is_real.cuda())
+    output = attend_in_two_passes(*states, layout, 0.1)
+    weight = torch.randn(expected.shape, generator=generator, dtype=torch.double).cuda() * real
+    ours = torch.autograd.grad(output, states, weight.bfloat16())
+    others = torch.autograd.grad((expected.nan_to_num() * weight).sum(), exact)
+    assert output.isfinite().all()
+    for mine, other in zip((output * real, *ours), (expected.nan_to_num() * real, *others)):
+        assert (mine.double() - other).norm() / other.norm() < 1e-2
+
+
+@pytest.mark.gpu
+def test_a_hopper_gpu_uses_cudnn_and_others_flash():
+    expected = "cudnn" if torch.cuda.get_device_capability() >= (9, 0) else "flash"
+    assert find_kernel(torch.device("cuda"), torch.bfloat16, 32, 8, 128) == expected
+    assert find_kernel(torch.device("cuda"), torch.float32, 32, 8, 128) is None
