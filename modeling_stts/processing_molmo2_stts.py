@@ -49,8 +49,16 @@ class Molmo2SttsProcessor(Molmo2Processor):
             `(batch_size, sequence_length)`, and what the image and video processors return.
 
         Raises:
-            ValueError: if prompts and videos do not fit together or a video cannot be read.
+            ValueError:
+                if prompts and videos do not fit together, a prompt has several videos, there are images beside videos,
+                or a video cannot be read.
         """
+        if images is not None and videos is not None:
+            # Before anything is decoded: the model would refuse them.
+            raise ValueError(
+                "Molmo2 takes images or videos in one call, not both, whatever prompts they are in. Ask in separate "
+                "calls, or put the image among the frames of the video."
+            )
         videos = paths_as_strings(videos)
         if text is not None:
             self._check_video_counts([text] if isinstance(text, str) else text, videos)
@@ -77,6 +85,12 @@ class Molmo2SttsProcessor(Molmo2Processor):
 
     def _check_video_counts(self, text: list[str], videos: Any) -> None:
         num_placeholders = [prompt.count(self.video_token) for prompt in text]
+        for row, expected in enumerate(num_placeholders):
+            if expected > 1:
+                raise ValueError(
+                    f"Prompt {row} has {expected} {self.video_token} placeholders. At most one video is supported per "
+                    "sample; give the others in prompts of their own."
+                )
         if isinstance(videos, list) and len(videos) == len(text) and all(map(_is_list_of_videos, videos)):
             for row, (expected, row_videos) in enumerate(zip(num_placeholders, videos)):
                 given = len(make_batched_videos(row_videos)) if row_videos else 0

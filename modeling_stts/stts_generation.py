@@ -215,7 +215,9 @@ class SttsGenerationMixin(GenerationMixin):
         if settings["cache_implementation"] == "paged":
             raise ValueError('`cache_implementation="paged"` (continuous batching) ignores videos; use another cache.')
         if kwargs.get("mm_encoder_outputs") or kwargs.get("pixel_values") is not None:
-            raise ValueError("Videos cannot be passed with `pixel_values` or `mm_encoder_outputs`.")
+            raise ValueError(
+                "One call takes videos, images (`pixel_values`) or `mm_encoder_outputs`, got videos and another."
+            )
         return self._cut_first_turn(settings, prune_ratio, kwargs)
 
     def _cut_first_turn(

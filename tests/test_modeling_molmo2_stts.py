@@ -417,6 +417,26 @@ def test_decoding_by_hand_goes_on_after_the_uncut_prompt(model):
         torch.testing.assert_close(step, model(**longer).logits[:, -1], atol=1e-4, rtol=1e-4)
 
 
+def test_several_videos_in_one_prompt(model):
+    """No processor of Molmo2 makes such prompts, but the model takes them."""
+    inputs = video_inputs((3, 2))
+    inputs["input_ids"] = torch.cat([row_of(inputs, row)["input_ids"] for row in range(2)], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == PLACEHOLDER).long()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, prune_ratio=0.0).logits, native_twin(model)(**inputs).logits)
+        outputs = model(**inputs)
+        videos = [
+            naive.video_features(model.model, frames, count_pruned_windows(len(frames), NUM_WINDOWS, 0.5))
+            for frames in inputs["pixel_values_videos"].split([3, 2])
+        ]
+        tokens = inputs["input_ids"][0, outputs.kept_token_idx[0]].tolist()
+        features = torch.cat([features for features, _, _ in videos])
+        positions = outputs.kept_token_idx[0].tolist()
+        expected = naive.language_logits(native_twin(model), tokens, features, PLACEHOLDER, positions)
+    torch.testing.assert_close(outputs.logits[0], expected, atol=1e-3, rtol=1e-3)
+
+
 # --- training ---
 
 
@@ -596,6 +616,8 @@ def test_compact_positions_cannot_be_given():
 def test_image_and_video_together_are_refused_as_natively(model):
     with pytest.raises(ValueError, match="pixel_values and pixel_values_videos are provided at the same time"):
         model(**video_inputs((2,)), pixel_values=torch.zeros(1, 729, 12))
+    with pytest.raises(ValueError, match="One call takes videos, images .* got videos and another"):
+        model.generate(**video_inputs((2,)), pixel_values=torch.zeros(1, 729, 12))
 
 
 # --- from a file to the cut prompt ---

@@ -133,6 +133,29 @@ def test_text_and_images_go_through(processor):
     assert not set(PIXELS) & processor(text="What?", return_tensors="pt").keys()
 
 
+def test_several_images_in_one_chat(processor):
+    image = {"type": "image", "image": np.zeros((54, 54, 3), dtype=np.uint8)}
+    inputs = encode(processor, [{"role": "user", "content": [image, {"type": "text", "text": "or"}, image]}])
+    assert len(inputs["image_grids"]) == 2
+
+
+@pytest.mark.parametrize("in_one_chat", [True, False])
+def test_images_beside_videos_are_refused_before_anything_is_decoded(processor, tmp_path, in_one_chat):
+    image = {"type": "image", "image": np.zeros((54, 54, 3), dtype=np.uint8)}
+    video = {"type": "video", "path": str(tmp_path / "does_not_exist.mp4")}
+    parts = [[image, video]] if in_one_chat else [[image], [video]]
+    with pytest.raises(ValueError, match="takes images or videos in one call, not both"):
+        encode(processor, [[{"role": "user", "content": content}] for content in parts])
+
+
+@pytest.mark.parametrize("in_one_turn", [True, False])
+def test_several_videos_in_one_chat_are_refused_before_anything_is_decoded(processor, tmp_path, in_one_turn):
+    video = {"type": "video", "path": str(tmp_path / "does_not_exist.mp4")}
+    turns = [[video, video]] if in_one_turn else [[video], [video]]
+    with pytest.raises(ValueError, match="Prompt 0 has 2 .* At most one video is supported per sample"):
+        encode(processor, [{"role": "user", "content": content} for content in turns])
+
+
 def test_frames_in_a_chat(processor):
     frames = np.zeros((5, 60, 40, 3), dtype=np.uint8)
     chat = [{"role": "user", "content": [{"type": "video", "video": frames}]}]
@@ -146,7 +169,7 @@ def test_frames_in_a_chat(processor):
         ("What?", [0], r"The prompts have 0 <\|video\|> placeholders, but 1 videos"),
         ("<|video|> What?", None, r"The prompts have 1 <\|video\|> placeholders, but 0 videos"),
         ("<|video|> What?", [0, 1], r"The prompts have 1 <\|video\|> placeholders, but 2 videos"),
-        ("<|video|><|video|>", [0, 1], "At most one video"),
+        ("<|video|><|video|>", [0, 1], r"Prompt 0 has 2 <\|video\|> placeholders. At most one video is supported"),
         (["<|video|> What?", "Hi"], [[], [0]], r"Prompt 0 has 1 <\|video\|> placeholders, but 0 videos"),
         (["<|video|> What?", "Hi"], [[0, 1], []], r"Prompt 0 has 1 <\|video\|> placeholders, but 2 videos"),
     ],
