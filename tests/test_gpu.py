@@ -6,6 +6,7 @@ import pytest
 import torch
 from golden_cases import CASES, build_model, load_case
 from inputs import enliven, lively_model, video_inputs
+from measure_speed import build, make_inputs
 from test_golden import expected_features
 from test_modeling_molmo2_stts import labels_of
 
@@ -100,6 +101,41 @@ def test_gradients_in_bfloat16_are_near_float32(real_vit, in_bins, path):
         # A key bias shifts all logits of a query alike: its gradient is zero but for rounding.
         if reference.grad is not None and not name.endswith("k_proj.bias"):
             assert relative_error(ours.grad, reference.grad) < 5e-2, name
+
+
+@pytest.mark.parametrize("path", ["varlen", "bins"])
+def test_chunks_change_little_in_bfloat16(real_vit, in_bins, path):
+    # Random scores are the same however they round, so both keep the same windows.
+    if path == "bins":
+        in_bins()
+    model, video = copy.deepcopy(real_vit), real_video(17)
+    model.config.stts_config.method = "random"
+    with torch.no_grad():
+        expected = model.get_video_features(**video, prune_ratio=0.8)
+        model.config.stts_config.vision_chunk_frames = 5
+        chunked = model.get_video_features(**video, prune_ratio=0.8)
+    assert torch.equal(chunked.keep_masks[0], expected.keep_masks[0])
+    assert relative_error(chunked.pooler_output[0], expected.pooler_output[0]) < 1e-2
+
+
+def test_2048_frames_at_80_percent_on_80_gb():
+    """A whole prompt through Molmo2-4B's shapes; needs a device with 80 GB and nothing else on it."""
+    model = build(Molmo2SttsConfig, Molmo2SttsForConditionalGeneration)
+    model.config.stts_config.position_ids = "compact"
+    model.config.stts_config.vision_chunk_frames = 128
+    inputs = make_inputs(2048, model.config)
+    video = {name: inputs[name] for name in ("pixel_values_videos", "video_token_pooling", "video_grids")}
+    with torch.no_grad():
+        torch.cuda.reset_peak_memory_stats()
+        features = model.get_video_features(**video, prune_ratio=0.8).pooler_output[0]
+        vision_peak = torch.cuda.max_memory_allocated()
+        outputs = model(**inputs, prune_ratio=0.8)
+    peak = torch.cuda.max_memory_allocated()
+    print(f"2,048 frames: {vision_peak / 2**30:.1f} GiB in the vision part, {peak / 2**30:.1f} GiB in all")
+    assert features.shape == (2048 * 81 - int(2048 * 81 * 0.8), 2560)
+    assert torch.isfinite(features).all() and torch.isfinite(outputs.logits).all()
+    assert vision_peak < 30 * 2**30
+    assert peak < 74 * 2**30
 
 
 def test_bfloat16_features_are_near_float32(real_vit):
