@@ -190,7 +190,7 @@ def assert_same(ours, expected):
 
 
 # Without shrinking, which would take many minutes.
-@settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=5, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     num_frames=st.lists(st.integers(1, 4), min_size=1, max_size=3).filter(lambda n: 1 < sum(n) < 6),
     method=st.sampled_from(["scorer", "similarity", "random"]),
@@ -258,20 +258,17 @@ class PeakMemory(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("method", ["scorer", "similarity"])
-def test_in_chunks_memory_grows_by_one_hidden_state_of_the_frames(method):
+@pytest.mark.parametrize("method, chunk_frames", [("scorer", None), ("scorer", 2), ("similarity", 2)])
+def test_in_chunks_memory_grows_by_one_hidden_state_of_the_frames(method, chunk_frames):
     """And by its copy while it is put together; at once it grows by all that a block makes of it."""
-    growth = {}
-    for chunk_frames in (None, 2):
-        model, peaks = lively_model(method=method, vision_chunk_frames=chunk_frames), []
-        for num_frames in (12, 20):
-            inputs = videos_of(video_inputs((num_frames,)))
-            with torch.no_grad(), PeakMemory() as memory:
-                model.get_video_features(**inputs, prune_ratio=0.9)
-            peaks.append(memory.peak)
-        growth[chunk_frames] = (peaks[1] - peaks[0]) / (8 * NUM_PATCHES * model.config.vision_config.hidden_size * 4)
-    assert growth[2] < 2.2
-    assert growth[None] > 5
+    model, peaks = lively_model(method=method, vision_chunk_frames=chunk_frames), []
+    for num_frames in (12, 20):
+        inputs = videos_of(video_inputs((num_frames,)))
+        with torch.no_grad(), PeakMemory() as memory:
+            model.get_video_features(**inputs, prune_ratio=0.9)
+        peaks.append(memory.peak)
+    growth = (peaks[1] - peaks[0]) / (8 * NUM_PATCHES * model.config.vision_config.hidden_size * 4)
+    assert growth > 5 if chunk_frames is None else growth < 2.2
 
 
 # --- a video that is not yet complete ---
