@@ -524,7 +524,11 @@ class Molmo2SttsModel(Molmo2Model):
         """
         Encodes the next frames of one video that is not yet complete. Windows are kept among these frames alone, so
         that every call keeps the share that the ratio says. But for that choice, features are those of the whole
-        video. Its first frame is kept whole.
+        video, whose first frame is kept whole.
+
+        A call that removes nothing has no key bias, as an unpruned video has none. `method="random"` draws the same
+        noise in every call, refilled frames are those that are alone in the bins of one call, and `prune_from_frame`
+        is not used.
 
         Args:
             pixel_values_videos, video_token_pooling, video_grids: see `get_video_features`; of one video.
