@@ -103,13 +103,15 @@ def read_frames(path: str | os.PathLike, fps: float, patience: float) -> Iterato
 
 def _decode(file: GrowingFile) -> Iterator[av.VideoFrame]:
     try:
-        container = av.open(file, options=OPEN_OPTIONS)
+        container = av.open(file, options=OPEN_OPTIONS, metadata_errors="replace")
     except av.error.FFmpegError as error:
         raise ValueError(f"{file.path} cannot be read as a video that grows ({error}); {FORMATS}.") from error
     with container:
-        if not container.streams.video:
-            raise ValueError(f"{file.path} has no video stream.")
-        stream = container.streams.video[0]
+        # A stream of an unknown codec has no context.
+        streams = [stream for stream in container.streams.video if stream.codec_context is not None]
+        if not streams:
+            raise ValueError(f"{file.path} has no video stream that can be decoded.")
+        stream = streams[0]
         # Threads that decode a frame each would hold back as many frames.
         stream.thread_type = "SLICE"
         for packet in _packets(container, stream):
@@ -131,6 +133,9 @@ def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> 
         yield from (packet for packet in container.demux(stream) if not packet.is_corrupt)
     except av.error.FFmpegError:
         yield None
+    except IndexError:
+        # At the end PyAV stumbles over streams that began in the middle; all packets of this one have been given.
+        return
 
 
 def _sample(frames: Iterator[av.VideoFrame], fps: float) -> Iterator[TimedFrame]:

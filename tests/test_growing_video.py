@@ -91,6 +91,23 @@ def test_a_damaged_tail_costs_no_frame_before_it(clips, tmp_path, name, codec, o
         assert len(seen) >= 50
 
 
+@pytest.mark.parametrize("name, codec, options", FORMATS)
+def test_damaged_bytes_give_fewer_frames_or_one_error(clips, tmp_path, name, codec, options):
+    generator, path = np.random.default_rng(0), tmp_path / name
+    for num_bytes in (1, 4, 16, 64, 256):
+        data = bytearray(clips[name, codec])
+        for place in generator.integers(0, len(data), num_bytes):
+            data[place] = generator.integers(0, 256)
+        path.write_bytes(data)
+        try:
+            frames = list(read_frames(path, fps=25, patience=0))
+        except ValueError as error:
+            assert name in str(error)
+        else:
+            assert 0 < len(frames) <= NUM_FRAMES
+            assert [frame.seconds for frame in frames] == sorted(frame.seconds for frame in frames)
+
+
 def test_a_file_that_becomes_shorter_is_refused(clips, tmp_path):
     path, data = tmp_path / "a.ts", clips["a.ts", "libx264"]
     path.write_bytes(data)
