@@ -248,8 +248,9 @@ def test_an_interrupted_checkpoint_is_no_good_one(tmp_path):
 def test_arguments_that_cannot_work_are_refused(mixed, tmp_path):
     with pytest.raises(ValueError, match="`max_grad_norm` must be above 0, got 0"):
         make_trainer(mixed, tmp_path, max_grad_norm=0)
-    with pytest.raises(ValueError, match="0 <= prune_ratio < 1, got 1.5"):
-        make_trainer(mixed, tmp_path, random_prune_ratios=[0.5, 1.5])
+    for name in ("random_prune_ratios", "eval_prune_ratios"):
+        with pytest.raises(ValueError, match="0 <= prune_ratio < 1, got 1.5"):
+            make_trainer(mixed, tmp_path, **{name: [0.5, 1.5]})
 
 
 def test_a_checkpoint_has_the_released_names(mixed, tmp_path):

@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from modeling_stts import Molmo2SttsForConditionalGeneration
+from modeling_stts.configuration_stts import check_prune_ratio
 from modeling_stts.stts_selection import PrunePlan, plan_pruning
 
 from .collator import GRIDS, MEDIA_INPUTS
@@ -101,6 +102,8 @@ class FinetuningTrainer(Trainer):
             self.stts_config.prune_ratio, tuple(args.random_prune_ratios), args.prune_warmup_steps, args.seed
         )
         self.schedule.check()
+        for ratio in args.eval_prune_ratios:
+            check_prune_ratio(ratio)
         if not args.max_grad_norm > 0:
             raise ValueError(f"`max_grad_norm` must be above 0, got {args.max_grad_norm}; a large one never clips.")
         if args.n_gpu > 1:
