@@ -1,11 +1,12 @@
 """Times how long it takes to read sampled frames of 1080p files: by this package, by transformers and by torchcodec.
 
-Each reads once in a process of its own, where the memory is measured that comes on top. Then all read in turns, each
-as often first as last, which gives the medians of the seconds that pass and of the seconds of all processors.
+Each reads once in a process of its own, where the memory is measured that comes on top. Then all read in turns, in
+random order, which gives the medians of the seconds that pass and of the seconds of all processors.
 """
 
 import argparse
 import multiprocessing
+import random
 import re
 import statistics
 import time
@@ -98,10 +99,10 @@ def measure(readers, path, num_frames, repeat):
             alone[read] = pool.apply(run, (read, path, num_frames))
         in_turns[read] = [alone[read]] if alone[read][0] > LONG else []
     readers = [read for read in readers if alone[read][0] <= LONG]
-    for number in range(repeat if readers else 0):
-        # What is read first may get memory that the system had taken back, which takes longer.
-        first = number % len(readers)
-        for read in readers[first:] + readers[:first]:
+    random_order = random.Random(0)
+    for _ in range(repeat):
+        # Memory that the system took back after the reading before takes longer to get.
+        for read in random_order.sample(readers, len(readers)):
             in_turns[read].append(run(read, path, num_frames))
     times = [[statistics.median(values) for values in zip(*results)] for results in in_turns.values()]
     return [
