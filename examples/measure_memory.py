@@ -18,7 +18,7 @@ import torch
 import transformers
 from finetuning.forward import replace_forward
 from finetuning.groups import add_lora, freeze
-from measure_speed import ADAPTER, TEXT
+from speed.shapes import SIZES
 from torch import nn
 
 from hub_upload.tiny import tiny_config
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="the tiny model on a CPU")
     args = parser.parse_args()
     device = "cpu" if args.tiny else "cuda"
-    config = tiny_config() if args.tiny else Molmo2SttsConfig(adapter_config=dict(ADAPTER), text_config=dict(TEXT))
+    config = tiny_config() if args.tiny else Molmo2SttsConfig(**SIZES["4b"])
     name = "tiny model, CPU, saved GB" if args.tiny else f"{torch.cuda.get_device_name()}, peak (saved) GB"
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}")
     print("| mode | frames |", *(f"{ratio:.0%} pruned |" for ratio in args.prune_ratios))

@@ -152,7 +152,7 @@ def pack_windows(
         counts = torch.stack([torch.stack([mask.sum() for mask in masks]) for masks in chunks]).tolist()
     # One at a time: the masks of all bins together would take much memory.
     for masks, count in zip(chunks, counts):
-        yield _pack_chunk(*masks, *count, num_patches, in_segments)
+        yield pack_chunk(*masks, *count, num_patches, in_segments)
 
 
 def _is_alone(keep_mask: torch.Tensor) -> torch.Tensor:
@@ -161,7 +161,7 @@ def _is_alone(keep_mask: torch.Tensor) -> torch.Tensor:
     return torch.tensor(plan.is_alone, device=keep_mask.device)[:, None]
 
 
-def _pack_chunk(
+def pack_chunk(
     keep_mask: torch.Tensor,
     takes_part: torch.Tensor,
     num_kept: int,

@@ -6,7 +6,7 @@ from speed.flops import causal_pairs, prefill_flops
 from test_modeling_molmo2_stts import native_twin
 from torch.utils.flop_counter import FlopCounterMode
 
-import modeling_stts.modeling_molmo2_stts as modeling
+import modeling_stts.modeling_molmo2_stts_vision as vision_tower
 
 
 LINEAR = (torch.ops.aten.mm, torch.ops.aten.addmm)
@@ -39,9 +39,9 @@ def test_linear_layers_of_the_native_model_are_counted_as_torch_counts_them():
 
 @pytest.mark.parametrize("prune_ratio", [0.5, 0.6])
 def test_linear_layers_of_a_pruned_prefill_are_counted_as_torch_counts_them(monkeypatch, prune_ratio):
-    monkeypatch.setattr(modeling, "can_attend_in_segments", lambda hidden_states: True)
+    monkeypatch.setattr(vision_tower, "can_attend_in_segments", lambda hidden_states: True)
     monkeypatch.setattr(
-        modeling,
+        vision_tower,
         "attend_in_segments",
         lambda *states: attention_in_segments(*states[:3], states[3].diff().tolist()),
     )

@@ -6,11 +6,12 @@ import pytest
 import torch
 from golden_cases import CASES, build_model, load_case
 from inputs import enliven, lively_model, video_inputs
-from measure_speed import build, make_inputs
+from speed.shapes import build_models, make_inputs
 from test_golden import expected_features
 from test_modeling_molmo2_stts import labels_of
 
 import modeling_stts.modeling_molmo2_stts as modeling
+import modeling_stts.modeling_molmo2_stts_vision as vision_tower
 from hub_upload.tiny import tiny_config, tiny_model
 from modeling_stts import (
     Molmo2SttsConfig,
@@ -34,7 +35,7 @@ def relative_error(ours, reference):
 @pytest.fixture
 def in_bins(monkeypatch):
     """Switches variable-length attention off."""
-    return lambda: monkeypatch.setattr(modeling, "can_attend_in_segments", lambda hidden_states: False)
+    return lambda: monkeypatch.setattr(vision_tower, "can_attend_in_segments", lambda hidden_states: False)
 
 
 @pytest.fixture(scope="module")
@@ -125,16 +126,16 @@ def test_chunks_change_little_in_bfloat16(real_vit, in_bins, path):
 
 def test_2048_frames_at_80_percent_on_80_gb():
     """A whole prompt through Molmo2-4B's shapes; needs a device with 80 GB and nothing else on it."""
-    model = build(Molmo2SttsConfig, Molmo2SttsForConditionalGeneration)
+    _, model = build_models("4b", torch.device("cuda"), torch.bfloat16)
     model.config.stts_config.position_ids = "compact"
     model.config.stts_config.vision_chunk_frames = 128
-    inputs = make_inputs(2048, model.config)
+    inputs = make_inputs(model.config, 2048, 1, torch.device("cuda"))
     video = {name: inputs[name] for name in ("pixel_values_videos", "video_token_pooling", "video_grids")}
     with torch.no_grad():
         torch.cuda.reset_peak_memory_stats()
         features = model.get_video_features(**video, prune_ratio=0.8).pooler_output[0]
         vision_peak = torch.cuda.max_memory_allocated()
-        outputs = model(**inputs, prune_ratio=0.8)
+        outputs = model(**inputs, prune_ratio=0.8, logits_to_keep=1)
     peak = torch.cuda.max_memory_allocated()
     print(f"2,048 frames: {vision_peak / 2**30:.1f} GiB in the vision part, {peak / 2**30:.1f} GiB in all")
     assert features.shape == (2048 * 81 - int(2048 * 81 * 0.8), 2560)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionMaskInterface, Molmo2Config, Molmo2ForConditionalGeneration
 
 import modeling_stts.modeling_molmo2_stts as modeling
+import modeling_stts.modeling_molmo2_stts_vision as vision_tower
 from hub_upload.tiny import tiny_config, tiny_model, tiny_processor
 from modeling_stts import SttsConfig
 from modeling_stts.stts_selection import PrunePlan, count_pruned_windows, random_scores
@@ -303,7 +304,7 @@ def test_next_frames_equal_the_whole_video_with_the_same_keep_mask(monkeypatch, 
     inputs = video_inputs((sum(lengths),))
     parts = in_turn(model, inputs, lengths, prune_ratio=0.6)
     keep_mask = torch.cat([part.keep_masks[0] for part in parts]).bool()
-    monkeypatch.setattr(modeling, "select_windows", lambda scores, num_pruned: keep_mask)
+    monkeypatch.setattr(vision_tower, "select_windows", lambda scores, num_pruned: keep_mask)
     monkeypatch.setattr(
         modeling, "plan_pruning", lambda *args: PrunePlan([sum(lengths)], 9, 9, [int((~keep_mask).sum())])
     )

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 
 from modeling_stts import Molmo2SttsForConditionalGeneration
 from modeling_stts.modeling_molmo2_stts import Molmo2SttsVideoFeatures
+from modeling_stts.stts_two_pass import IMPLEMENTATION as TWO_PASS
 
 from .collator import GRIDS, MEDIA_INPUTS, PIXELS, POOLING
 
@@ -171,10 +172,11 @@ def _cut(
     if inputs.get("position_ids") is None:
         inputs["position_ids"] = positions_in_samples(sample_idx)
     if is_packed:
-        if model.config.get_text_config()._attn_implementation != "sdpa":
+        implementation = model.config.get_text_config()._attn_implementation
+        if implementation not in ("sdpa", TWO_PASS):
             raise ValueError(
-                'Packed rows need a mask that only `attn_implementation="sdpa"` takes for the language model, got '
-                f"{model.config.get_text_config()._attn_implementation!r}."
+                f'Packed rows need a mask that only "sdpa" and {TWO_PASS!r} take as `attn_implementation` of the '
+                f"language model, got {implementation!r}."
             )
         inputs["attention_mask"] = packed_mask(sample_idx, inputs["mm_token_type_ids"])
     return inputs, inputs.pop("labels"), sample_idx

@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import modeling_stts.modeling_molmo2_stts as modeling
+import modeling_stts.modeling_molmo2_stts_vision as vision_tower
+import modeling_stts.stts_packing as stts_packing
 from modeling_stts.stts_two_pass import attend_in_two_passes, lay_out_tokens
 
 from .flops import attention, causal_pairs, prefill_flops
@@ -163,7 +164,7 @@ def _prefill_once(candidate: Candidate, inputs: dict[str, torch.Tensor], device:
     functions = [(base, "get_video_features", "vision_ms")]
     if candidate.name != "native" and not candidate.is_compiled:
         scoring = [(base.vision_tower, "score_windows"), (base.vision_tower, "key_bias")]
-        scoring += [(modeling, "select_windows"), (modeling, "pack_windows")]
+        scoring += [(vision_tower, "select_windows"), (stts_packing, "pack_chunk")]
         functions += [(owner, attribute, "scoring_ms") for owner, attribute in scoring]
     with torch.no_grad(), candidate.compiled(), watch.on(*functions):
         forward = watch.wrap(candidate.model, "total_ms")
