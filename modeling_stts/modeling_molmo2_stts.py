@@ -135,8 +135,8 @@ class Molmo2SttsModel(Molmo2Model):
     """
     Differences from `Molmo2Model`:
     - videos are pruned: `get_video_features` returns the kept features, and `forward` cuts the prompt to them;
-    - where no attention implementation is asked for, the language model's is `sdpa_two_pass`: `sdpa`, but a prompt on
-      CUDA in half precision needs no mask of its length squared;
+    - `attn_implementation={"text_config": "sdpa_two_pass"}` is `sdpa`, but a long prompt on CUDA in half precision
+      needs no mask of its length squared;
     - the norms of the language model are `Molmo2SttsRMSNorm`;
     - `prune_ratio` overrides the configuration's for one call.
     """
@@ -150,8 +150,6 @@ class Molmo2SttsModel(Molmo2Model):
         config.check_values()
         self.vision_tower = Molmo2SttsVisionModel(config.vision_config)
         self.multi_modal_projector = Molmo2SttsAdapter(config.adapter_config)
-        if config.text_config._attn_implementation is None:
-            config.text_config._attn_implementation = TWO_PASS
         # A class of its own would not get the rules by which transformers renames the weights of this one.
         self.language_model = Molmo2TextModel(config.text_config)
         for name, module in list(self.language_model.named_modules()):

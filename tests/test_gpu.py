@@ -235,7 +235,7 @@ def two_pass_model():
     config.text_config.head_dim = 64
     ours = enliven(type(tiny_model())(config).eval()).cuda().bfloat16()
     dense = copy.deepcopy(ours)
-    dense.set_attn_implementation("sdpa")
+    ours.set_attn_implementation({"text_config": modeling.TWO_PASS})
     return ours, dense
 
 
@@ -297,6 +297,7 @@ def test_memory_of_a_prefill_grows_with_its_length_only():
     config = tiny_config()
     config.text_config.head_dim = 64
     model = type(tiny_model())(config).eval().cuda().bfloat16()
+    model.set_attn_implementation({"text_config": modeling.TWO_PASS})
     peaks = []
     for length in (20_000, 40_000):
         ids = torch.full((1, length), 30, device="cuda")

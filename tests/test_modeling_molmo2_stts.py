@@ -571,9 +571,16 @@ def two_passes(monkeypatch):
     return layouts
 
 
+@pytest.fixture
+def two_pass_model(two_passes, model):
+    model.set_attn_implementation({"text_config": modeling.TWO_PASS})
+    return model
+
+
 @pytest.mark.parametrize(("side", "prune_ratio"), [("left", 0.6), ("right", 0.0)])
 def test_two_passes_equal_the_dense_mask(two_passes, side, prune_ratio):
     models = [lively_model().train(), lively_model().train()]
+    models[0].set_attn_implementation({"text_config": modeling.TWO_PASS})
     models[1].set_attn_implementation("eager")
     inputs, results = video_inputs((3, 1, 2), side), []
     # The first real token would be predicted from padding, which may hold anything.
@@ -590,38 +597,39 @@ def test_two_passes_equal_the_dense_mask(two_passes, side, prune_ratio):
             torch.testing.assert_close(ours.grad, dense.grad, atol=1e-4, rtol=2e-3, msg=name)
 
 
-def test_a_prompt_that_hides_tokens_between_others_gets_the_dense_mask(two_passes, model):
+def test_a_prompt_that_hides_tokens_between_others_gets_the_dense_mask(two_passes, two_pass_model):
     inputs = video_inputs((2,))
     inputs["attention_mask"][0, 40] = 0
     with torch.no_grad():
-        logits = model(**inputs, prune_ratio=0.0).logits
-        assert torch.equal(logits, native_twin(model)(**inputs).logits)
+        logits = two_pass_model(**inputs, prune_ratio=0.0).logits
+        assert torch.equal(logits, native_twin(two_pass_model)(**inputs).logits)
     assert two_passes == [None]
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generate_in_two_passes(two_passes, model, cache):
+def test_generate_in_two_passes(two_passes, two_pass_model, cache):
     inputs = video_inputs((4, 2))
     kwargs = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache}
-    generated = model.generate(**inputs, **kwargs)
+    generated = two_pass_model.generate(**inputs, **kwargs)
     assert len(two_passes) == 1 and two_passes[0].order is not None
     eager = lively_model()
     eager.set_attn_implementation("eager")
     assert torch.equal(generated, eager.generate(**inputs, **kwargs))
 
 
-def test_no_mask_is_as_large_as_the_prompt_squared(two_passes, model, monkeypatch):
+def test_no_mask_is_as_large_as_the_prompt_squared(two_pass_model, monkeypatch):
     sizes, to_mask = [], AttentionMaskInterface._global_mapping[modeling.TWO_PASS]
     monkeypatch.setitem(
         AttentionMaskInterface._global_mapping,
         modeling.TWO_PASS,
         lambda **kwargs: sizes.append(kwargs["q_length"]) or to_mask(**kwargs),
     )
-    model.generate(**video_inputs((4, 2)), max_new_tokens=3, cache_implementation="static")
+    two_pass_model.generate(**video_inputs((4, 2)), max_new_tokens=3, cache_implementation="static")
     assert set(sizes) == {1}
 
 
-def test_packed_positions_and_filled_caches_are_not_for_two_passes(two_passes, model):
+def test_packed_positions_and_filled_caches_are_not_for_two_passes(two_passes, two_pass_model):
+    model = two_pass_model
     ids = torch.arange(20, 30)[None]
     inputs = {"input_ids": ids, "mm_token_type_ids": torch.zeros_like(ids)}
     with torch.no_grad():
@@ -632,17 +640,15 @@ def test_packed_positions_and_filled_caches_are_not_for_two_passes(two_passes, m
     assert len(two_passes) == 1
 
 
-@pytest.mark.parametrize("implementation", [None, "sdpa", "eager", {"vision_config": "eager"}])
-def test_the_attention_implementation_of_the_caller_is_kept(implementation):
-    config = tiny_config()
-    if implementation is not None:
-        config._attn_implementation = implementation
-    model = type(tiny_model())(config)
-    expected = implementation if isinstance(implementation, str) else "sdpa_two_pass"
-    assert model.config.text_config._attn_implementation == expected
-    assert model.config.vision_config._attn_implementation == (
-        "eager" if isinstance(implementation, dict) else implementation or "sdpa"
-    )
+@pytest.mark.parametrize("implementation", [None, "eager", {"text_config": "sdpa_two_pass"}, "sdpa_two_pass"])
+def test_the_attention_implementation_of_the_caller_is_kept(tmp_path, implementation):
+    tiny_model().save_pretrained(tmp_path)
+    given = {} if implementation is None else {"attn_implementation": implementation}
+    config = type(tiny_model()).from_pretrained(tmp_path, **given).config
+    of_text = implementation["text_config"] if isinstance(implementation, dict) else implementation or "sdpa"
+    assert config.text_config._attn_implementation == of_text
+    of_vision = "sdpa" if isinstance(implementation, dict) else of_text
+    assert config.vision_config._attn_implementation == of_vision
 
 
 # --- bad input ---

@@ -4,6 +4,7 @@ import torch
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
 from modeling_stts import Molmo2SttsConfig, Molmo2SttsForConditionalGeneration
+from modeling_stts.stts_two_pass import IMPLEMENTATION as TWO_PASS
 
 
 NUM_PATCHES, NUM_WINDOWS = 729, 81
@@ -73,6 +74,7 @@ def build_models(
     torch.set_default_dtype(dtype)
     with torch.device(device):
         stts = Molmo2SttsForConditionalGeneration(Molmo2SttsConfig(**SIZES[size])).eval()
+        stts.set_attn_implementation({"text_config": TWO_PASS})
     with torch.device("meta"):
         native = Molmo2ForConditionalGeneration(Molmo2Config(**SIZES[size])).eval()
     torch.set_default_dtype(default)
