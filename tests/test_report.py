@@ -3,7 +3,7 @@ import sys
 
 import pytest
 from PIL import Image
-from report import Claim, Results, claims, main, table
+from report import Claim, Results, claims, main, report, table
 
 
 def row(rule, ratio, right, *, seed=0, name="short", num_frames=64, **changes):
@@ -43,6 +43,14 @@ def test_a_table_by_hand():
         "| random | 80.0 ± 0.0 | 60.0 ± 0.0 | 69.0 ± 0.0 |",
         "| chance | 30.0 | | |",
     ]
+
+
+def test_a_model_that_only_guesses_shows_nothing():
+    right = {"short": 30, "long": 80, "detail": 31}
+    results = Results([row("unpruned", 0.0, count, name=name) for name, count in right.items()])
+    paragraphs = list(report(results))
+    guesses = [paragraph for paragraph in paragraphs if "only guesses" in paragraph]
+    assert len(guesses) == 1 and guesses[0].startswith("short: ")
 
 
 def test_kinds_count_equally():

@@ -170,6 +170,10 @@ def report(results: Results) -> Iterable[str]:
         yield table(results, name)
     yield "\n".join(map(str, claims(results)))
     for name in SETS:
+        unpruned = results.accuracy(UNPRUNED, name, 0.0)
+        if unpruned is not None and unpruned.mean <= unpruned.chance:
+            yield f"{name}: the unpruned model only guesses, so nothing that is said of this set means anything."
+    for name in SETS:
         shares = results.kept_share("stts", name, 0.8)
         if shares is not None:
             yield f"{name}, 80 % pruned: {shares[1]:.0f} % of kept windows touch a digit, {shares[0]:.0f} % of all do."
