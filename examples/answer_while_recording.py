@@ -40,9 +40,14 @@ class LastMinutes:
         model, processor: as they are loaded from a hub folder.
         tokens_per_chunk (`int`): tokens that are kept of a chunk. The first frame of the video is kept whole.
         window (`float`): seconds after which a chunk is forgotten.
+
+    Raises:
+        ValueError: if no token is to be kept.
     """
 
     def __init__(self, model: Any, processor: Any, tokens_per_chunk: int, window: float):
+        if tokens_per_chunk < 1:
+            raise ValueError(f"a chunk must keep at least 1 token, got {tokens_per_chunk}.")
         self.model, self.processor = model, processor
         self.tokens_per_chunk, self.window = tokens_per_chunk, window
         self.chunks: deque[EncodedChunk] = deque()

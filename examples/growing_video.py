@@ -165,7 +165,12 @@ def in_chunks(frames: Iterator[TimedFrame], seconds: float) -> Iterator[list[Tim
 
     Yields:
         `list[TimedFrame]`: the frames of each chunk that has any, when the next chunk begins or the video ends.
+
+    Raises:
+        ValueError: if `seconds` is not positive.
     """
+    if not seconds > 0:
+        raise ValueError(f"a chunk must have more than 0 seconds, got {seconds}.")
     chunk: list[TimedFrame] = []
     for frame in frames:
         if chunk and int(frame.seconds / seconds) > int(chunk[0].seconds / seconds):

@@ -182,7 +182,7 @@ class Molmo2SttsModel(Molmo2Model):
         Raises:
             ValueError: if the ratio is out of range, or the inputs do not describe the same frames and windows.
         """
-        ratio = check_prune_ratio(self.config.stts_config.prune_ratio if prune_ratio is None else prune_ratio)
+        ratio = self._prune_ratio(prune_ratio)
         plan = plan_pruning(video_grids.tolist(), ratio, self.config.stts_config.prune_from_frame)
         is_pruned = sum(plan.num_pruned) > 0
         _check_windows(plan, pixel_values_videos, video_token_pooling, is_pruned)
@@ -227,7 +227,7 @@ class Molmo2SttsModel(Molmo2Model):
             ValueError: if the ratio is out of range, or the inputs do not describe the same frames and windows of one
                 video, or not windows as before.
         """
-        ratio = check_prune_ratio(self.config.stts_config.prune_ratio if prune_ratio is None else prune_ratio)
+        ratio = self._prune_ratio(prune_ratio)
         (num_frames, num_rows, num_cols), *others = video_grids.tolist()
         if others:
             raise ValueError(f"`get_next_video_features` takes frames of one video, got {1 + len(others)} videos.")
@@ -242,6 +242,11 @@ class Molmo2SttsModel(Molmo2Model):
         # The frame before is the first one of the plan, but does not count.
         plan = plan_pruning([[1 + num_frames, num_rows, num_cols]], ratio, prune_from_frame=1)
         return self._pruned_features(pixel_values_videos, video_token_pooling, plan, previous.last_windows)
+
+    def _prune_ratio(self, given: float | list[float] | None) -> float | list[float]:
+        # Once more: a configuration is changed by attributes, too.
+        self.config.stts_config.check_values()
+        return check_prune_ratio(self.config.stts_config.prune_ratio if given is None else given)
 
     def _native_features(
         self, pixel_values_videos: torch.Tensor, video_token_pooling: torch.Tensor, plan: PrunePlan

@@ -175,9 +175,10 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
         """
         sampling = {name: value for name, value in sampling.items() if value is not None}
         processor_kwargs = {"padding": True, "padding_side": "left", **(processor_kwargs or {}), **sampling}
-        if self._has_budget(processor_kwargs):
+        given = processor_kwargs | (processor_kwargs.get("videos_kwargs") or {})
+        if self._has_budget(given) and "prune_ratio" not in given:
             default = self.model.config.stts_config.prune_ratio
-            processor_kwargs.setdefault("prune_ratio", default if prune_ratio is None else prune_ratio)
+            processor_kwargs["prune_ratio"] = default if prune_ratio is None else prune_ratio
         if self.processor.chat_template is None and not isinstance(inputs[0].prompt, Chat):
             model_inputs = self._fill_prompts(inputs, processor_kwargs)
         else:

@@ -45,6 +45,7 @@ class Molmo2SttsProcessor(Molmo2Processor):
             images: as for `Molmo2Processor`.
             text (`str` or `list[str]`, *optional*): prompts, with at most one video placeholder each.
             videos: as for `Molmo2SttsVideoProcessor`, in the order of the placeholders; or one list for each prompt.
+                Empty lists are as none.
             kwargs: as for `Molmo2Processor` and `Molmo2SttsVideoProcessor`, such as `num_frames` and `start`.
 
         Returns:
@@ -63,6 +64,9 @@ class Molmo2SttsProcessor(Molmo2Processor):
                 "calls, or put the image among the frames of the video."
             )
         videos = as_strings(videos)
+        if isinstance(videos, list) and all(isinstance(row, list) and not row for row in videos):
+            # The native code would look for a first video.
+            videos = None
         if text is not None:
             self._check_video_counts([text] if isinstance(text, str) else text, videos)
         padding = {"padding": True, "padding_side": "left"}

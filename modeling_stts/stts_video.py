@@ -113,7 +113,7 @@ def read_video(
         ImportError: if PyAV is not installed.
     """
     path = as_string(video)
-    if os.path.isdir(path) and not isinstance(path, NamedContent):
+    if os.path.isdir(path) and _content(path) is None:
         return _read_folder(path, sample_indices_fn)
     with _open_source(path) as source:
         return _read_source(path, source, sample_indices_fn)
@@ -166,7 +166,7 @@ def _open_source(path: str) -> Iterator[str | BinaryFile]:
     Gives an absolute path (a relative one with a colon would be read as an address) or an open file, which is closed
     afterwards, or set back to its place if it is the caller's.
     """
-    if isinstance(path, NamedContent) or "://" in path:
+    if _content(path) is not None or "://" in path:
         with _open_file(path) as file:
             _check_size(path, file.seek(0, os.SEEK_END))
             yield file
@@ -179,14 +179,19 @@ def _open_source(path: str) -> Iterator[str | BinaryFile]:
 
 
 def _open_file(path: str) -> AbstractContextManager[BinaryFile]:
-    if not isinstance(path, NamedContent):
+    content = _content(path)
+    if content is None:
         return _open_address(path)
-    return BytesIO(path.content) if isinstance(path.content, bytes) else _keep_place(path)
+    return BytesIO(content) if isinstance(content, bytes) else _keep_place(path, content)
+
+
+def _content(path: str) -> bytes | BinaryFile | None:
+    # Not by its class, of which the processor and the video processor of a hub folder have a copy each.
+    return getattr(path, "content", None)
 
 
 @contextmanager
-def _keep_place(path: NamedContent) -> Iterator[BinaryFile]:
-    file = path.content
+def _keep_place(path: str, file: BinaryFile) -> Iterator[BinaryFile]:
     try:
         place = file.tell()
         is_binary = isinstance(file.read(0), bytes)

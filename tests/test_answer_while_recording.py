@@ -105,3 +105,13 @@ def test_the_script_answers_while_a_file_is_written(tiny_folder, tmp_path, monke
 def test_a_recording_that_does_not_come_is_one_line(tiny_folder, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"^error: .*none\.ts did not appear within 0\.1 seconds\.$"):
         run_script(monkeypatch, tmp_path / "none.ts", "--model", tiny_folder, "--patience", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--chunk-seconds", "must have more than 0 seconds"), ("--tokens-per-chunk", "must keep at least 1 token")],
+)
+def test_chunks_of_nothing_are_one_line(tiny_folder, tmp_path, monkeypatch, option, message):
+    path = write_clip(tmp_path / "whole.ts", 4, fps=4)
+    with pytest.raises(SystemExit, match=f"^error: .*{message}, got 0"):
+        run_script(monkeypatch, path, "--model", tiny_folder, "--patience", 0.1, option, 0)

@@ -664,6 +664,17 @@ def test_a_ratio_out_of_range_is_refused(model, prune_ratio):
             call(**inputs, prune_ratio=prune_ratio)
 
 
+def test_a_setting_that_was_changed_to_what_cannot_be_is_refused(model):
+    inputs = videos_of(video_inputs((2,)))
+    for call in (model.get_video_features, model.get_next_video_features):
+        for name, value in (("vision_chunk_frames", 0), ("prune_ratio", 1), ("method", "none")):
+            before = getattr(model.config.stts_config, name)
+            setattr(model.config.stts_config, name, value)
+            with pytest.raises(ValueError, match=f"`{name}` .*must be .*got {value!r}"):
+                call(**inputs)
+            setattr(model.config.stts_config, name, before)
+
+
 def test_a_prompt_that_does_not_fit_its_video_is_refused(model):
     inputs = video_inputs((2,))
     for ids, count in ((inputs["input_ids"][:, 50:], 115), (inputs["input_ids"].clone().fill_(30), 0)):

@@ -224,6 +224,8 @@ def test_tokens_that_remain(pipe, calls, clips):
     pipe(clips[1], text="Hi", frame_scale=2, num_frames=3, prune_ratio=0.2, **GREEDY)
     assert calls[-1]["video_grids"][:, 0].tolist() == [6]
     assert calls[-1]["prune_ratio"] == [(6 * 81 - (243 - 48) + 0.5) / (6 * 81)]
+    pipe(clips[1], text="Hi", processor_kwargs={"videos_kwargs": {"max_video_tokens": 400}}, **GREEDY)
+    assert calls[-1]["prune_ratio"] == [0.5]
     pipe(text="Hi", max_video_tokens=162, **GREEDY)
     assert "prune_ratio" not in calls[-1]
     pipe.processor.video_processor.max_video_tokens = 162

@@ -216,6 +216,14 @@ def test_prompts_and_videos_that_do_not_fit_are_refused(processor, clips, text, 
         processor(text=text, videos=rows and pick(rows), return_tensors="pt")
 
 
+@pytest.mark.parametrize("videos", [[], [[], []], ([], [])])
+def test_empty_lists_are_no_videos(processor, videos):
+    inputs = processor(text=["Hi", "What?"], videos=videos, return_tensors="pt")
+    assert torch.equal(inputs["input_ids"], processor(text=["Hi", "What?"], return_tensors="pt")["input_ids"])
+    with pytest.raises(ValueError, match=r"The prompts have 1 <\|video\|> placeholders, but 0 videos"):
+        processor(text=["<|video|>Hi", "What?"], videos=videos, return_tensors="pt")
+
+
 def test_a_chat_with_a_bad_video_is_refused(processor, clips, tmp_path):
     (tmp_path / "notes.mp4").write_text("not a video " * 100)
     with pytest.raises(ValueError, match=r"notes\.mp4 is not a video"):
