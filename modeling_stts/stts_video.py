@@ -149,6 +149,8 @@ def _read_source(
     with _open_stream(path, source) as stream:
         packets = read_packets(stream)
         _check_packets(path, stream, packets)
+        if len(packets.shown) == 1 and stream.container.format.name.endswith("_pipe"):
+            raise ValueError(f"{path} is an image, not a video; several in a folder are one, or a list of images is.")
         metadata = _metadata(stream, packets)
         indices = _sample(path, metadata, sample_indices_fn)
         if packets.are_ordered and stream.codec_context.codec.canonical_name in ONE_FRAME_A_PACKET:

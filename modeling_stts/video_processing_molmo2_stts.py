@@ -120,6 +120,11 @@ class Molmo2SttsVideoProcessor(Molmo2VideoProcessor):
         settings = {name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__} | kwargs
         budget = self._budget(**settings)
         if budget is None:
+            if kwargs.get("prune_ratio") is not None:
+                raise ValueError(
+                    f"`prune_ratio`={kwargs['prune_ratio']} is for the model: pass it to `generate` or the pipeline. "
+                    "The processor needs it only with `frame_scale` or `max_video_tokens`."
+                )
             return super().preprocess(videos, **kwargs)
         if settings["frame_scale"] is not None and not settings["do_sample_frames"]:
             raise ValueError("`frame_scale` samples more frames, which needs `do_sample_frames=True`.")

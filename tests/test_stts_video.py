@@ -478,10 +478,16 @@ def test_a_codec_that_is_not_known_is_refused(tmp_path, contents):
         read_video(path)
 
 
-def test_an_image_with_the_name_of_a_video_is_a_video_of_one_frame(tmp_path):
-    Image.fromarray(number_image(5)).save(tmp_path / "a.png")
-    frames, metadata = read_video((tmp_path / "a.png").rename(tmp_path / "a.mp4"))
-    assert read_numbers(frames) == [5] and metadata.total_num_frames == 1
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp", "bmp"])
+def test_an_image_with_the_name_of_a_video_is_refused(tmp_path, image_format):
+    Image.fromarray(number_image(5)).save(tmp_path / "a.mp4", format=image_format)
+    with pytest.raises(ValueError, match=r"a\.mp4 is an image, not a video"):
+        read_video(tmp_path / "a.mp4")
+
+
+def test_a_video_of_one_frame(tmp_path):
+    frames, metadata = read_video(write_clip(tmp_path / "a.mp4", 1, codec="libx264"))
+    assert read_numbers(frames) == [0] and metadata.total_num_frames == 1
 
 
 def test_a_wrong_extension_does_not_matter(tmp_path, contents):

@@ -179,7 +179,8 @@ def test_the_tokens_of_every_video_of_a_batch_are_limited(path, short):
     assert out["video_grids"][:, 0].tolist() == [8, 3] and "video_metadata" not in out
     kept = [n * 81 - count_pruned_windows(n, 81, ratio) for n, ratio in zip([8, 3], out["prune_ratio"])]
     assert kept == [200, 200]
-    assert "prune_ratio" not in make(num_frames=8)(path, prune_ratio=0.5)
+    with pytest.raises(ValueError, match="`prune_ratio`=0.5 is for the model"):
+        make(num_frames=8)(path, prune_ratio=0.5)
 
 
 def test_more_frames_are_taken_from_arrays_of_no_known_rate_without_a_change_of_their_times():
