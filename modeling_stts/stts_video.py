@@ -385,11 +385,13 @@ def _read_image(path: str) -> Any:
 
 def _stack(path: str, frames: Iterator[Any], metadata: TimedVideoMetadata, stream: Any = None) -> np.ndarray:
     stacked = np.empty((len(metadata.frames_indices), 0, 0, 3), dtype=np.uint8)
+    # One for all frames: `to_ndarray` would set up its threads and tables for each.
+    reformatter = import_av().video.reformatter.VideoReformatter()
     for slot, frame in enumerate(frames):
         if slot == 0:
             # The size may change within a stream; all frames get the first one's.
             size = _shown_size(path, frame, stream.sample_aspect_ratio if stream else None)
-        image = np.rot90(_to_rgb(frame, size, stream), round(frame.rotation / 90))
+        image = np.rot90(_to_rgb(reformatter, frame, size, stream), round(frame.rotation / 90))
         if slot == 0:
             stacked = np.empty((len(stacked), *image.shape), dtype=np.uint8)
         stacked[slot] = image
@@ -397,11 +399,11 @@ def _stack(path: str, frames: Iterator[Any], metadata: TimedVideoMetadata, strea
     return stacked
 
 
-def _to_rgb(frame: Any, size: tuple[int, int], stream: Any) -> np.ndarray:
+def _to_rgb(reformatter: Any, frame: Any, size: tuple[int, int], stream: Any) -> np.ndarray:
     transfer = stream.codec_context.color_trc if stream else None
     if transfer not in (PQ, HLG):
-        return frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
-    return to_sdr(frame.to_ndarray(format="rgb48le", width=size[0], height=size[1]), transfer)
+        return reformatter.reformat(frame, *size, format="rgb24").to_ndarray()
+    return to_sdr(reformatter.reformat(frame, *size, format="rgb48le").to_ndarray(), transfer)
 
 
 def _shown_size(path: str, frame: Any, pixel_ratio: Fraction | None) -> tuple[int, int]:

@@ -372,6 +372,19 @@ def test_a_folder_of_images_is_a_video(tmp_path, suffix):
     assert (metadata.total_num_frames, metadata.fps, metadata.width, metadata.height) == (12, None, 64, 64)
 
 
+def test_images_of_other_sizes_and_formats_get_the_size_of_the_first(tmp_path):
+    rng = np.random.default_rng(0)
+    names = ["1.png", "2.jpg", "3.bmp", "4.jpg", "5.webp", "6.png"]
+    for number, name in enumerate(names):
+        side = 32 + 8 * number
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(tmp_path / name)
+    frames, _ = read_video(tmp_path)
+    for frame, name in zip(frames, names, strict=True):
+        with av.open(str(tmp_path / name)) as container:
+            alone = next(container.decode(video=0)).to_ndarray(format="rgb24", width=32, height=32)
+        assert np.array_equal(frame, alone), name
+
+
 def test_a_broken_image_of_a_folder_is_named(tmp_path):
     Image.fromarray(number_image(1)).save(tmp_path / "1.png")
     for content, message in [(b"", "is empty"), (b"no image" * 99, "is not a video that FFmpeg can read")]:
