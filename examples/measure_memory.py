@@ -18,8 +18,9 @@ import torch
 import transformers
 from finetuning.forward import replace_forward
 from finetuning.groups import add_lora, freeze
-from speed.shapes import SIZES
+from speed.shapes import SIZES, make_inputs
 from torch import nn
+from torch.nn import functional as F
 
 from hub_upload.tiny import tiny_config
 from modeling_stts import Molmo2SttsConfig, Molmo2SttsForConditionalGeneration
@@ -27,7 +28,6 @@ from modeling_stts import Molmo2SttsConfig, Molmo2SttsForConditionalGeneration
 
 MODES = ("full", "lora")
 ANSWER = 32  # tokens
-POOLED = 3  # patches: the side of a window
 
 
 def build(config: Molmo2SttsConfig, mode: str, checkpointing: bool, device: str) -> nn.Module:
@@ -55,13 +55,8 @@ def build(config: Molmo2SttsConfig, mode: str, checkpointing: bool, device: str)
 
 def make_batch(num_frames: int, config: Molmo2SttsConfig, device: str) -> dict[str, torch.Tensor]:
     """One video with a prompt as the processor lays it out, and an answer, as `Collator` hands them over."""
-    vision = config.vision_config
-    side = vision.image_size[0] // vision.patch_size
-    num_windows, num_pixels = (side // POOLED) ** 2, vision.patch_size**2 * vision.num_channels
-    frame = [11, 12, config.frame_start_token_id, *[config.image_patch_id] * num_windows, config.frame_end_token_id]
-    ids = torch.tensor([[1, *frame * num_frames, *[20] * (20 + ANSWER)]], device=device)
-    windows = torch.arange(side**2).view(side // POOLED, POOLED, side // POOLED, POOLED)
-    windows = windows.permute(0, 2, 1, 3).reshape(num_windows, POOLED**2)
+    prompt = make_inputs(config, num_frames, 1, torch.device(device))
+    ids = F.pad(prompt["input_ids"], (0, ANSWER), value=20)
     labels = torch.full_like(ids, -100)
     labels[:, -ANSWER:] = ids[:, -ANSWER:]
     return {
@@ -70,9 +65,7 @@ def make_batch(num_frames: int, config: Molmo2SttsConfig, device: str) -> dict[s
         "mm_token_type_ids": (ids == config.image_patch_id).long(),
         "sample_idx": torch.ones_like(ids),
         "is_video": torch.tensor([True]),
-        "pixel_values_videos": torch.randn(num_frames, side**2, num_pixels, device=device),
-        "video_token_pooling": (torch.arange(num_frames).view(-1, 1, 1) * side**2 + windows).flatten(0, 1).to(device),
-        "video_grids": torch.tensor([[num_frames, side // POOLED, side // POOLED]]),
+        **{name: prompt[name] for name in ("pixel_values_videos", "video_token_pooling", "video_grids")},
     }
 
 

@@ -7,7 +7,7 @@ from modeling_stts import Molmo2SttsConfig, Molmo2SttsForConditionalGeneration
 from modeling_stts.stts_two_pass import IMPLEMENTATION as TWO_PASS
 
 
-NUM_PATCHES, NUM_WINDOWS = 729, 81
+POOLED = 3  # patches: the side of a window
 NUM_QUESTION_TOKENS = 20
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 SIZES = {
@@ -89,7 +89,7 @@ def make_inputs(
     config: Molmo2Config, num_frames: int, batch_size: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """
-    Prompts as the processor lays them out: for each frame a timestamp and its 81 tokens, and a question at the end.
+    Prompts as the processor lays them out: for each frame a timestamp and its tokens, and a question at the end.
 
     Args:
         config (`Molmo2Config`): of the model.
@@ -97,26 +97,29 @@ def make_inputs(
         batch_size (`int`): prompts.
         device (`torch.device`): of the inputs.
     """
+    vision = config.vision_config
+    side = vision.image_size[0] // vision.patch_size
+    rows, num_patches = side // POOLED, side**2
     frame = [
         11,
         12,
         13,
         config.frame_start_token_id,
-        *[config.image_patch_id] * NUM_WINDOWS,
+        *[config.image_patch_id] * rows**2,
         config.frame_end_token_id,
     ]
     ids = torch.tensor([[1, *frame * num_frames, *[20] * NUM_QUESTION_TOKENS]] * batch_size, device=device)
-    windows = torch.arange(NUM_PATCHES).view(9, 3, 9, 3).permute(0, 2, 1, 3).reshape(NUM_WINDOWS, -1)
+    windows = torch.arange(num_patches).view(rows, POOLED, rows, POOLED).permute(0, 2, 1, 3).reshape(rows**2, -1)
     frames = torch.arange(num_frames * batch_size).view(-1, 1, 1)
     generator = torch.Generator(device).manual_seed(0)
-    shape = (num_frames * batch_size, NUM_PATCHES, config.vision_config.patch_size**2 * 3)
+    shape = (num_frames * batch_size, num_patches, vision.patch_size**2 * 3)
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "mm_token_type_ids": (ids == config.image_patch_id).long(),
         "pixel_values_videos": torch.randn(shape, generator=generator, device=device),
-        "video_token_pooling": (frames * NUM_PATCHES + windows).flatten(0, 1).to(device),
-        "video_grids": torch.tensor([[num_frames, 9, 9]] * batch_size),
+        "video_token_pooling": (frames * num_patches + windows).flatten(0, 1).to(device),
+        "video_grids": torch.tensor([[num_frames, rows, rows]] * batch_size),
     }
 
 
