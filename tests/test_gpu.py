@@ -220,9 +220,9 @@ def test_frames_are_resized_on_the_device_that_is_asked_for():
         processor(video, do_sample_frames=False, return_tensors="pt", device=device) for device in ("cpu", "cuda")
     )
     assert on_gpu["pixel_values_videos"].device.type == "cuda"
-    # Half a level between two values of uint8 may be rounded either way: one level is 2 / 255.
-    difference = (on_gpu["pixel_values_videos"].cpu() - on_cpu["pixel_values_videos"]).abs()
-    assert difference.max() <= 2.01 / 255 and (difference > 1e-6).float().mean() < 1e-3
+    # A processor of its own does not rescale; half a level may be rounded either way.
+    difference = (on_gpu["pixel_values_videos"].cpu().int() - on_cpu["pixel_values_videos"].int()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
     assert torch.equal(on_gpu["video_token_pooling"].cpu(), on_cpu["video_token_pooling"])
 
 
