@@ -45,6 +45,7 @@ def build_hub_folder(
     dtype: str | None = None,
     *,
     adapter: str | os.PathLike | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> Path:
     """
     Makes a hub folder that loads with `trust_remote_code=True`. The same input gives the same bytes.
@@ -62,6 +63,7 @@ def build_hub_folder(
         dtype (`str`, *optional*): `"bfloat16"`, `"float16"` or `"float32"`; the source's if not given.
         adapter (`str` or `os.PathLike`, *optional*):
             Local folder with a LoRA adapter of PEFT for the source, to be merged into its weights. Needs `peft`.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): largest weight file, in bytes or as text.
 
     Returns:
         `Path`: the folder.
@@ -90,7 +92,7 @@ def build_hub_folder(
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
     _check_finite(model)
-    _write_folder(out, model, processor)
+    _write_folder(out, model, processor, max_shard_size)
     return out
 
 
@@ -266,12 +268,17 @@ def _check_finite(model: Molmo2SttsForConditionalGeneration) -> None:
             raise ValueError(f"{name} has values that are not finite (NaN or infinite).")
 
 
-def _write_folder(out: Path, model: Molmo2SttsForConditionalGeneration, processor: Molmo2SttsProcessor) -> None:
+def _write_folder(
+    out: Path,
+    model: Molmo2SttsForConditionalGeneration,
+    processor: Molmo2SttsProcessor,
+    max_shard_size: int | str,
+) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         # A folder inside the temporary one, which only its owner may read.
         folder = Path(scratch) / "folder"
         # Both copy the code files that their classes reach, which are all of them.
-        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
         finish_folder(folder, out)
 

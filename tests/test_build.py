@@ -394,6 +394,8 @@ def test_sharded_checkpoint(tiny_folder, tmp_path):
     assert len(shards) > 2
     whole = build_hub_folder(tmp_path / "whole", tiny_folder)
     assert hashes(build_hub_folder(tmp_path / "out", source)) == hashes(whole)
+    split = build_hub_folder(tmp_path / "split", tiny_folder, max_shard_size="200KB")
+    assert [path.name for path in sorted(split.glob("model-*.safetensors"))] == [path.name for path in shards]
     shards[1].unlink()
     with pytest.raises(OSError, match=shards[1].name):
         build_hub_folder(tmp_path / "again", source)
