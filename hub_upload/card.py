@@ -292,6 +292,8 @@ def _model_index(repo_id: str, measured: list[Results]) -> dict[str, Any]:
             task_type=PIPELINE_TAG,
             dataset_type=results.dataset,
             dataset_name=results.name,
+            # The Hub's metadata would join what has the same dataset and configuration.
+            dataset_config=results.name,
             metric_type="accuracy",
             metric_name=f"accuracy at prune ratio {row['prune_ratio']:g}",
             metric_value=row["accuracy"],

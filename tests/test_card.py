@@ -57,6 +57,15 @@ def test_metadata(folder, results):
     }
 
 
+def test_two_measurements_on_one_dataset_stay_apart(folder, results, tmp_path):
+    other = {**RESULTS, "name": "Moving squares, long", "rows": [{"prune_ratio": 0.0, "accuracy": 0.5}]}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    paths = [results, tmp_path / "other.json"]
+    data = ModelCard.load(write_card(folder, "user/name", license="mit", results=paths)).data
+    measured = {(result.dataset_name, result.metric_value) for result in data.eval_results}
+    assert measured == {("Moving squares", 0.99), ("Moving squares", 0.9812), ("Moving squares, long", 0.5)}
+
+
 def test_text(folder, results, tmp_path):
     (tmp_path / "about.md").write_text("Counts {squares}.\n")
     text = write_card(
