@@ -58,24 +58,37 @@ class Results:
     def ratios(self) -> list[float]:
         return sorted({row["ratio"] for row in self.rows if row["num_frames"] == LONG_SAMPLE})
 
-    def accuracy(
+    def find(
         self, rule: str, name: str, ratio: float, num_frames: int = LONG_SAMPLE, changes: Any = ()
-    ) -> Accuracy | None:
+    ) -> list[dict[str, Any]]:
         """
-        Accuracy of a rule on a set; `None` where it was not measured.
+        The rows of one setting, one for each seed.
 
         Args:
             rule (`str`), name (`str`), ratio (`float`), num_frames (`int`): rule, set and setting.
             changes (`dict`, *optional*): fields of `SttsConfig` that were changed.
         """
+        wanted = (rule, name, num_frames, dict(changes))
+        return [
+            row
+            for row in self.rows
+            if (row["rule"], row["set"], row["num_frames"], row["changes"]) == wanted
+            and abs(row["ratio"] - ratio) < 1e-6
+        ]
+
+    def accuracy(self, *setting: Any, **settings: Any) -> Accuracy | None:
+        """Accuracy in a setting, which `find` describes; `None` where it was not measured."""
         by_seed, chances = {}, []
-        for row in self.rows:
-            setting = (row["rule"], row["set"], row["num_frames"], row["changes"])
-            if setting == (rule, name, num_frames, dict(changes)) and abs(row["ratio"] - ratio) < 1e-6:
-                counts = row["questions"].values()
-                by_seed[row["seed"]] = 100 * statistics.mean(right / total for right, total, _ in counts)
-                chances.append(100 * statistics.mean(chance / total for _, total, chance in counts))
+        for row in self.find(*setting, **settings):
+            counts = row["questions"].values()
+            by_seed[row["seed"]] = 100 * statistics.mean(right / total for right, total, _ in counts)
+            chances.append(100 * statistics.mean(chance / total for _, total, chance in counts))
         return Accuracy(by_seed, chances[0]) if by_seed else None
+
+    def chance(self, name: str) -> float:
+        """Percent of right answers that guessing gives on a set."""
+        measured = (self.accuracy(rule, name, ratio) for rule in self.rules() for ratio in self.ratios())
+        return next(accuracy.chance for accuracy in measured if accuracy is not None)
 
     def kept_share(self, rule: str, name: str, ratio: float) -> tuple[float, float] | None:
         """Percent of the windows, and of the kept ones, that touch a digit or where one was a frame before."""
@@ -143,9 +156,7 @@ def table(results: Results, name: str) -> str:
     for rule in results.rules():
         cells = (results.accuracy(rule, name, ratio) for ratio in ratios)
         lines.append(f"| {rule} | " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
-    measured = (results.accuracy(rule, name, ratio) for rule in results.rules() for ratio in ratios)
-    chance = next(accuracy.chance for accuracy in measured if accuracy is not None)
-    return "\n".join([*lines, f"| chance | {chance:.1f} |" + " |" * (len(ratios) - 1)])
+    return "\n".join([*lines, f"| chance | {results.chance(name):.1f} |" + " |" * (len(ratios) - 1)])
 
 
 def plot(results: Results, path: Path) -> None:
@@ -158,6 +169,7 @@ def plot(results: Results, path: Path) -> None:
             points = [(100 * ratio, accuracy.mean) for ratio, accuracy in points if accuracy is not None]
             style = {"linewidth": 3} if rule == "stts" else {"linewidth": 1}
             panel.plot(*zip(*points), marker="o", label=rule, **style)
+        panel.axhline(results.chance(name), color="black", linewidth=1, linestyle=":", label="chance")
         panel.set(title=f"{name} videos", xlabel="pruned, percent")
     panels[0].set_ylabel("right answers, percent")
     panels[-1].legend(fontsize="small")
