@@ -3,21 +3,49 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from ask_a_video import main
+
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "ask_a_video.py"
+ROW = re.compile(r"^ +(\d+)% +(\d+) +(\d+) +\d+ +\d+  (.*)$", re.MULTILINE)
 
 
-def run(*args, cwd):
+def run(*args):
     command = [sys.executable, SCRIPT, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=SCRIPT.parents[1])
 
 
-def test_prints_tokens_times_and_answers_for_each_ratio(clip):
-    result = run(clip, "--num-frames", 4, "--prune-ratios", 0, 0.5, cwd=SCRIPT.parents[1])
+def test_answers_rightly_about_a_video_that_it_makes():
+    result = run()
     assert result.returncode == 0, result.stderr
-    assert "its answers mean nothing" in result.stdout
-    assert f"{clip}: 4 frames" in result.stdout
-    rows = re.findall(r"^ +(\d+)% +(\d+) +(\d+) +\d+ +\d+  '", result.stdout, re.MULTILINE)
-    (_, all_tokens, prompt), (_, kept, shorter) = [tuple(map(int, row)) for row in rows]
-    assert (all_tokens, kept) == (324, 162)
-    assert prompt - shorter == 162
+    answer = re.search(r"^The right answer is (\d)\.$", result.stdout, re.MULTILINE)[1]
+    assert "Which digit is " in result.stdout
+    rows = ROW.findall(result.stdout)
+    # 32 frames of 36 windows; the first frame stays whole, and its 36 are among what is kept.
+    assert [row[:2] for row in rows] == [("0", "1152"), ("50", "576"), ("80", "231")]
+    assert len({int(prompt) - int(kept) for _, kept, prompt, _ in rows}) == 1
+    assert [row[3] for row in rows] == [answer] * 3
+
+
+def test_answers_about_a_file_of_the_user(clip, tiny_folder):
+    result = run(clip, "--model", tiny_folder, "--num-frames", 4, "--prune-ratios", 0, 0.5, "--question", "What?")
+    assert result.returncode == 0, result.stderr
+    assert f"{clip}: 4 frames" in result.stdout and "right answer" not in result.stdout
+    (_, all_tokens, prompt, _), (_, kept, shorter, _) = ROW.findall(result.stdout)
+    assert (all_tokens, kept) == ("324", "162")
+    assert int(prompt) - int(shorter) == 162
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["missing.mp4"], "missing.mp4 is not a file."),
+        (["--seed", "-1"], "The seed must be from 0 to 2147483647, got -1."),
+    ],
+)
+def test_bad_input_is_one_line(given, words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ask_a_video.py", *given])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == f"error: {words}"

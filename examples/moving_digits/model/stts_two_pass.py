@@ -1,0 +1,255 @@
+"""Attention of a language model whose text is causal and whose vision tokens see each other both ways, without a mask.
+
+What a token may see is everything up to itself, and for a vision token also the vision tokens after it. The first is
+causal attention over the prompt. The second is causal attention too, over the vision tokens in reverse order and
+without the diagonal. Two passes of a causal kernel, merged by their log-sum-exps, therefore compute exactly the pairs
+that are needed, in memory that grows with the number of tokens. Padding stands behind all tokens in both passes, where
+causality hides it. In the backward pass each kernel gets the merged output and log-sum-exp, which makes its gradients
+those of the whole attention.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+IMPLEMENTATION = "sdpa_two_pass"
+
+# `scaled_dot_product_attention` itself does not return log-sum-exps; these are the operators it calls.
+aten = torch.ops.aten
+
+
+class TokenLayout(NamedTuple):
+    """
+    Where the tokens of a batch of prompts stand in the two passes. Made by `lay_out_tokens`. Indices point into the
+    tokens of all rows, one row after the other.
+
+    kernel (`str`): what computes a pass, see `find_kernel`.
+    order (`torch.Tensor` of shape `(batch_size, sequence_length)`, int64): the tokens of each row, padding last;
+        `None` where they stand so already.
+    inverse_order (`torch.Tensor` of shape `(batch_size, sequence_length)`, int64): leads back.
+    vision_idx (`torch.Tensor` of shape `(batch_size, num_vision)`, int64): the vision tokens of each row from the last
+        to the first, among tokens in `order`, and behind them as many others as the longest row needs; `None` where no
+        row has two.
+    is_filler (`torch.Tensor` of shape `(batch_size, num_vision - 1)`, bool): which of `vision_idx[:, 1:]` are others;
+        `None` where none is.
+    """
+
+    kernel: str
+    order: torch.Tensor | None = None
+    inverse_order: torch.Tensor | None = None
+    vision_idx: torch.Tensor | None = None
+    is_filler: torch.Tensor | None = None
+
+
+def find_kernel(
+    device: torch.device, dtype: torch.dtype, num_heads: int, num_key_value_heads: int, head_dim: int
+) -> str | None:
+    """
+    Which kernel of torch computes a pass on this device: `"cudnn"` (faster, from Hopper on), `"flash"`, or `None`.
+    `torch.nn.attention.sdpa_kernel` restricts the choice.
+
+    Args:
+        device (`torch.device`), dtype (`torch.dtype`): of the states; under autocast its dtype counts.
+        num_heads (`int`), num_key_value_heads (`int`), head_dim (`int`): their shape.
+    """
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 != 0:
+        return None
+    query = torch.empty(1, num_heads, 128, head_dim, device=device, dtype=dtype)
+    key = query[:, :num_key_value_heads]
+    params = SDPAParams(query, key, key, None, 0.0, True, num_heads != num_key_value_heads)
+    if torch.cuda.get_device_capability(device) >= (9, 0) and can_use_cudnn_attention(params):
+        return "cudnn"
+    return "flash" if can_use_flash_attention(params) else None
+
+
+@torch.compiler.disable
+def lay_out_tokens(
+    kernel: str, is_vision: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> TokenLayout | None:
+    """
+    Finds out where the tokens of a batch of prompts stand. Waits for the device once.
+
+    Args:
+        kernel (`str`): see `find_kernel`; `"cpu"` for tensors on the CPU.
+        is_vision (`torch.Tensor` of shape `(batch_size, sequence_length)`, bool): which tokens are vision tokens.
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 = padding.
+
+    Returns:
+        `TokenLayout`, or `None` where the mask hides tokens between others, or a whole row.
+    """
+    batch_size, length = is_vision.shape
+    position = torch.arange(length, device=is_vision.device)
+    first_of_row = length * torch.arange(batch_size, device=is_vision.device)[:, None]
+    is_real = torch.ones_like(is_vision) if attention_mask is None else attention_mask.bool()
+    is_vision = is_vision & is_real
+    num_before = is_real.byte().argmax(-1)
+    num_behind = is_real.flip(-1).byte().argmax(-1)
+    num_hidden = length - is_real.sum(-1) - num_before - num_behind
+    counts = torch.stack([num_before, num_hidden, is_vision.sum(-1)]).tolist()
+    if any(counts[1]):
+        return None
+
+    order = inverse_order = None
+    if any(counts[0]):
+        order = (position + num_before[:, None]) % length
+        inverse_order = (position - num_before[:, None]) % length + first_of_row
+        is_vision, order = is_vision.gather(1, order), order + first_of_row
+    num_vision = max(counts[2])
+    if num_vision < 2:
+        return TokenLayout(kernel, order, inverse_order)
+    backwards = is_vision.flip(-1).byte().argsort(dim=-1, descending=True, stable=True)[:, :num_vision]
+    vision_idx = length - 1 - backwards + first_of_row
+    is_filler = None
+    if min(counts[2]) < num_vision:
+        is_filler = position[1:num_vision] >= is_vision.sum(-1, keepdim=True)
+    return TokenLayout(kernel, order, inverse_order, vision_idx, is_filler)
+
+
+def attend_in_two_passes(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout, scaling: float
+) -> torch.Tensor:
+    """
+    Attention in which a token sees the tokens up to itself, and a vision token all vision tokens of its row.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch_size, num_heads, sequence_length, head_dim)`).
+        key, value (`torch.Tensor` of shape `(batch_size, num_key_value_heads, sequence_length, head_dim)`).
+        layout (`TokenLayout`): of the same batch.
+        scaling (`float`): factor of the attention logits.
+
+    Returns:
+        `torch.Tensor` of the query's shape. Padding has values without meaning.
+    """
+    states = (query, key, value)
+    if layout.order is not None:
+        states = [_take(tensor, layout.order) for tensor in states]
+    output = _TwoPasses.apply(*states, layout.vision_idx, layout.is_filler, layout.kernel, scaling)
+    return output if layout.order is None else _take(output, layout.inverse_order)
+
+
+def _rows(states: torch.Tensor) -> torch.Tensor:
+    """`(batch_size, num_heads, sequence_length, ...)` as `(batch_size * sequence_length, num_heads, ...)`."""
+    return states.transpose(1, 2).flatten(0, 1)
+
+
+def _take(states: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+    """The tokens at `idx`, of shape `(batch_size, num_taken)`, of states with heads before tokens."""
+    return _rows(states)[idx.flatten()].unflatten(0, idx.shape).transpose(1, 2)
+
+
+def _put(states: torch.Tensor, idx: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The same states with other values for the tokens at `idx`. May change the given ones."""
+    rows = _rows(states).index_copy_(0, idx.flatten(), _rows(values))
+    return rows.unflatten(0, (states.shape[0], -1)).transpose(1, 2)
+
+
+class _TwoPasses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, vision_idx, is_filler, kernel, scaling):
+        output, lse, *rng_states = _causal_attention(kernel, query, key, value, scaling)
+        if vision_idx is not None:
+            queries, keys = vision_idx[:, 1:], vision_idx[:, :-1]
+            states = _take(query, queries), _take(key, keys), _take(value, keys)
+            later, lse_of_later, *_ = _causal_attention(kernel, *states, scaling)
+            lse_so_far = _take(lse, queries)
+            if is_filler is not None:
+                lse_of_later = lse_of_later.masked_fill(is_filler[:, None], -torch.inf)
+            weight = (lse_of_later - lse_so_far).sigmoid()[..., None].to(output.dtype)
+            output = _put(output, queries, torch.lerp(_take(output, queries), later, weight))
+            if any(ctx.needs_input_grad):
+                lse = _put(lse, queries, torch.logaddexp(lse_so_far, lse_of_later))
+        ctx.save_for_backward(query, key, value, output, lse, vision_idx, is_filler, *rng_states)
+        ctx.kernel, ctx.scaling = kernel, scaling
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        query, key, value, output, lse, vision_idx, is_filler, *rng_states = ctx.saved_tensors
+        passed = (ctx.kernel, ctx.scaling, rng_states)
+        grads = _causal_attention_backward(*passed, grad_output, query, key, value, output, lse)
+        if vision_idx is not None:
+            queries, keys = vision_idx[:, 1:], vision_idx[:, :-1]
+            grad_output, lse = _take(grad_output, queries), _take(lse, queries)
+            if is_filler is not None:
+                grad_output = grad_output.masked_fill(is_filler[:, None, :, None], 0.0)
+                lse = lse.masked_fill(is_filler[:, None], torch.inf)
+            states = _take(query, queries), _take(key, keys), _take(value, keys), _take(output, queries)
+            later = _causal_attention_backward(*passed, grad_output, *states, lse)
+            grads = [
+                _put(grad, idx, _take(grad, idx) + grad_of_later)
+                for grad, idx, grad_of_later in zip(grads, (queries, keys, keys), later)
+            ]
+        return *grads, None, None, None, None
+
+
+def _causal_attention(
+    kernel: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, ...]:
+    """Output, log-sum-exp of shape `(batch_size, num_heads, sequence_length)`, and two random states or nothing."""
+    if kernel == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scaling)
+    if kernel == "cudnn":
+        # No bias, with log-sum-exp, without dropout, causal, without the mask for debugging.
+        options = (None, True, 0.0, True, False)
+        results = aten._scaled_dot_product_cudnn_attention(query, key, value, *options, scale=scaling)
+    else:
+        results = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scaling)
+    output, lse, _, _, _, _, seed, offset, _ = results
+    return output, lse.reshape(query.shape[:3]), seed, offset
+
+
+def _causal_attention_backward(
+    kernel: str,
+    scaling: float,
+    rng_states: list[torch.Tensor],
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value, where output and log-sum-exp may be those of more keys than these."""
+    states = (grad_output, query, key, value, output)
+    lse, lengths = lse.contiguous(), (query.shape[2], key.shape[2])
+    if kernel == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(*states, lse, 0.0, True, scale=scaling)
+    if kernel == "cudnn":
+        options = (*rng_states, None, None, None, *lengths, 0.0, True)
+        return aten._scaled_dot_product_cudnn_attention_backward(*states, lse[..., None], *options, scale=scaling)
+    options = (None, None, *lengths, 0.0, True, *rng_states)
+    return aten._scaled_dot_product_flash_attention_backward(*states, lse, *options, scale=scaling)
+
+
+def two_pass_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    token_layout: TokenLayout | None = None,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    An attention function of transformers: `sdpa`, except in calls whose model passes on a `token_layout`, which is for
+    prompts that fill an empty cache (or none) and have no dropout.
+    """
+    if token_layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    # A static cache returns room for tokens to come.
+    states = (query, *(states[:, :, : query.shape[2]] for states in (key, value)))
+    if torch.is_autocast_enabled(query.device.type):
+        states = (tensor.to(torch.get_autocast_dtype(query.device.type)) for tensor in states)
+    return attend_in_two_passes(*states, token_layout, scaling).transpose(1, 2), None
+
+
+AttentionInterface.register(IMPLEMENTATION, two_pass_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
