@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
@@ -126,7 +127,10 @@ def run(args: argparse.Namespace, folder: Path) -> None:
             raise ValueError(f"{video} is not a file.")
         if args.model == MODEL:
             print("This model knows videos of moving digits alone; for others pass --model.")
-    model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, device_map="auto")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, device_map="auto")
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {args.model} cannot be read; are they there as a whole? {error}") from error
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     ask(model, processor, str(video), args.question or question, args.num_frames, args.prune_ratios)
     if answer is not None and args.question is None:

@@ -1,4 +1,5 @@
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,3 +50,13 @@ def test_bad_input_is_one_line(given, words, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         main()
     assert exit.value.code == f"error: {words}"
+
+
+def test_weights_that_were_downloaded_in_part(clip, tiny_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_folder, tmp_path / "part")
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    monkeypatch.setattr(sys, "argv", ["ask_a_video.py", str(clip), "--model", str(folder)])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code.startswith(f"error: The weights of {folder} cannot be read; are they there as a whole?")
