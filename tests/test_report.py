@@ -3,7 +3,7 @@ import sys
 
 import pytest
 from PIL import Image
-from report import Claim, Results, claims, main, report, table
+from report import Claim, Results, changed_settings, claims, main, report, table
 
 
 def row(rule, ratio, right, *, seed=0, name="short", num_frames=64, **changes):
@@ -92,3 +92,8 @@ def test_a_missing_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "none.json")])
     with pytest.raises(SystemExit, match="error: .*none.json"):
         main()
+
+
+def test_changed_settings_are_compared_with_unchanged_ones():
+    found = [row("stts", 0.5, 79), row("stts", 0.5, 77, refill=True), row("stts", 0.8, 70, position_ids="compact")]
+    assert changed_settings(Results(found)) == ["- short: stts at 50%, 64 frames, with refill=True: -2.0 points"]

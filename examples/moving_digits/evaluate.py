@@ -222,7 +222,12 @@ def settings_of(rule: str, name: str) -> list[Setting]:
     settings = [Setting(ratio) for ratio in RATIOS]
     if name == "long":
         settings += [Setting(1 - LONG_SAMPLE / num_frames, num_frames) for num_frames in MORE_FRAMES]
-    if rule == "stts" and name != "long":
+    if rule == "stts" and name == "long":
+        # More frames than in training also stand farther apart than there.
+        settings += [
+            setting._replace(changes={"position_ids": "compact"}) for setting in settings[-len(MORE_FRAMES) :]
+        ]
+    elif rule == "stts":
         settings += [Setting(ratio, changes={"refill": True}) for ratio in (0.5, 0.8)]
     return settings
 

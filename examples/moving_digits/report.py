@@ -176,11 +176,30 @@ def plot(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def changed_settings(results: Results) -> list[str]:
+    """What single fields of `SttsConfig`, changed after training, do to a rule's accuracy."""
+    settings = {
+        (row["rule"], row["set"], row["ratio"], row["num_frames"], *row["changes"].items())
+        for row in results.rows
+        if row["changes"]
+    }
+    lines = []
+    for rule, name, ratio, num_frames, *changes in sorted(settings):
+        changed = results.accuracy(rule, name, ratio, num_frames, changes)
+        value = difference(changed, results.accuracy(rule, name, ratio, num_frames))
+        fields = ", ".join(f"{field}={value}" for field, value in changes)
+        if value is not None:
+            lines.append(f"- {name}: {rule} at {ratio:.0%}, {num_frames} frames, with {fields}: {value:+.1f} points")
+    return lines
+
+
 def report(results: Results) -> Iterable[str]:
     """The report as paragraphs of Markdown."""
     for name in SETS:
         yield table(results, name)
     yield "\n".join(map(str, claims(results)))
+    if lines := changed_settings(results):
+        yield "\n".join(lines)
     for name in SETS:
         unpruned = results.accuracy(UNPRUNED, name, 0.0)
         if unpruned is not None and unpruned.mean <= unpruned.chance:
