@@ -144,6 +144,11 @@ def _take(states: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
     return _rows(states)[idx.flatten()].unflatten(0, idx.shape).transpose(1, 2)
 
 
+def _tokens_first(states: torch.Tensor) -> torch.Tensor:
+    """The same states with tokens before heads in memory, where they mostly stand so already."""
+    return states.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def _put(states: torch.Tensor, idx: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """The same states with other values for the tokens at `idx`. May change the given ones."""
     rows = _rows(states).index_copy_(0, idx.flatten(), _rows(values))
@@ -178,8 +183,8 @@ class _TwoPasses(torch.autograd.Function):
             queries, keys = vision_idx[:, 1:], vision_idx[:, :-1]
             grad_output, lse = _take(grad_output, queries), _take(lse, queries)
             if is_filler is not None:
-                grad_output = grad_output.masked_fill(is_filler[:, None, :, None], 0.0)
-                lse = lse.masked_fill(is_filler[:, None], torch.inf)
+                grad_output.masked_fill_(is_filler[:, None, :, None], 0.0)
+                lse.masked_fill_(is_filler[:, None], torch.inf)
             states = _take(query, queries), _take(key, keys), _take(value, keys), _take(output, queries)
             later = _causal_attention_backward(*passed, grad_output, *states, lse)
             grads = [
@@ -222,6 +227,9 @@ def _causal_attention_backward(
     if kernel == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(*states, lse, 0.0, True, scale=scaling)
     if kernel == "cudnn":
+        # What torch plans for shapes and for the layouts of the other three reads later outputs and their gradients in
+        # the layout of the first ones (torch 2.11). So theirs is always the same.
+        states = _tokens_first(grad_output), query, key, value, _tokens_first(output)
         options = (*rng_states, None, None, None, *lengths, 0.0, True)
         return aten._scaled_dot_product_cudnn_attention_backward(*states, lse[..., None], *options, scale=scaling)
     options = (None, None, *lengths, 0.0, True, *rng_states)

@@ -12,6 +12,7 @@ from transformers import AttentionMaskInterface, Molmo2Config, Molmo2ForConditio
 
 import modeling_stts.modeling_molmo2_stts as modeling
 import modeling_stts.modeling_molmo2_stts_vision as vision_tower
+import modeling_stts.stts_two_pass as stts_two_pass
 from hub_upload.tiny import tiny_config, tiny_model, tiny_processor
 from modeling_stts import SttsConfig
 from modeling_stts.stts_selection import PrunePlan, count_pruned_windows, random_scores
@@ -595,6 +596,21 @@ def test_two_passes_equal_the_dense_mask(two_passes, side, prune_ratio):
     for (name, ours), (_, dense) in zip(*(model.named_parameters() for model in models)):
         if dense.grad is not None:
             torch.testing.assert_close(ours.grad, dense.grad, atol=1e-4, rtol=2e-3, msg=name)
+
+
+def test_the_backward_pass_gets_tokens_first_without_a_copy(two_passes, monkeypatch):
+    backward, copied = stts_two_pass._causal_attention_backward, []
+
+    def look(kernel, scaling, rng_states, grad_output, query, key, value, output, lse):
+        for tensor in (grad_output, output):
+            copied.append(stts_two_pass._tokens_first(tensor).data_ptr() != tensor.data_ptr())
+        return backward(kernel, scaling, rng_states, grad_output, query, key, value, output, lse)
+
+    monkeypatch.setattr(stts_two_pass, "_causal_attention_backward", look)
+    model, inputs = lively_model().train(), video_inputs((3, 2), "right")
+    model.set_attn_implementation({"text_config": modeling.TWO_PASS})
+    model(**inputs, labels=labels_of(inputs), prune_ratio=0.5).loss.backward()
+    assert copied == [False] * 4 * model.config.text_config.num_hidden_layers
 
 
 def test_a_prompt_that_hides_tokens_between_others_gets_the_dense_mask(two_passes, two_pass_model):

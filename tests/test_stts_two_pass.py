@@ -1,9 +1,17 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_stts.stts_two_pass import attend_in_two_passes, find_kernel, lay_out_tokens, two_pass_attention_forward
+from modeling_stts.stts_two_pass import (
+    _tokens_first,
+    attend_in_two_passes,
+    find_kernel,
+    lay_out_tokens,
+    two_pass_attention_forward,
+)
 
 
 def attend_one_by_one(query, key, value, is_vision, is_real, scaling):
@@ -96,6 +104,61 @@ def test_without_a_layout_it_is_sdpa():
     output, _ = two_pass_attention_forward(module, *states, None, scaling=0.5)
     expected = torch.nn.functional.scaled_dot_product_attention(*states, is_causal=True, scale=0.5)
     assert torch.equal(output, expected.transpose(1, 2))
+
+
+def heads_first(states):
+    return states.contiguous()
+
+
+def part_of_a_row(states):
+    """As from a projection to several things at once, with tokens first."""
+    return _tokens_first(torch.cat([states, states], dim=1))[:, : states.shape[1]]
+
+
+LAYOUTS = (_tokens_first, heads_first, part_of_a_row)
+
+
+def check_layouts(kernel, dtype, head_dim, tolerance, device):
+    """Values and gradients of states, and of gradients of the output, in every layout, one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    mostly_vision = torch.rand(2, 96, generator=generator) < 0.9
+    exact = random_states(2, 96, 4, 2, head_dim, device)
+    weight = torch.randn(exact[0].shape, generator=generator, dtype=torch.double).to(device)
+    for is_vision in (mostly_vision, torch.zeros_like(mostly_vision)):
+        seen = torch.ones(96, 96).tril().bool() | (is_vision[:, :, None] & is_vision[:, None])
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            *exact, attn_mask=seen[:, None].to(device), scale=0.1, enable_gqa=True
+        )
+        expected = (expected, *torch.autograd.grad(expected, exact, weight))
+        layout = lay_out_tokens(kernel, is_vision.to(device))
+        for *of_states, of_gradient in itertools.product(LAYOUTS, repeat=4):
+            states = [arrange(tensor.detach().to(dtype)) for arrange, tensor in zip(of_states, exact)]
+            states = [tensor.requires_grad_() for tensor in states]
+            output = attend_in_two_passes(*states, layout, 0.1)
+            ours = (output, *torch.autograd.grad(output, states, of_gradient(weight.to(dtype))))
+            for mine, other in zip(ours, expected):
+                assert (mine.double() - other).norm() / other.norm() < tolerance
+
+
+def test_layouts_in_memory_change_nothing():
+    check_layouts("cpu", torch.float32, 8, 1e-5, "cpu")
+
+
+def test_states_with_tokens_first_are_not_copied():
+    states = torch.randn(2, 5, 3, 4).transpose(1, 2)
+    assert _tokens_first(states).data_ptr() == states.data_ptr()
+    for arrange in (heads_first, part_of_a_row):
+        other = arrange(states)
+        assert other.stride() != states.stride() == _tokens_first(other).stride()
+        assert torch.equal(_tokens_first(other), states)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+def test_layouts_in_memory_change_nothing_on_cuda(kernel):
+    if kernel == "cudnn" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs Hopper")
+    check_layouts(kernel, torch.bfloat16, 128, 1e-2, "cuda")
 
 
 @pytest.mark.gpu
