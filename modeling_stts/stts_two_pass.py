@@ -236,6 +236,17 @@ def _causal_attention_backward(
     return aten._scaled_dot_product_flash_attention_backward(*states, lse, *options, scale=scaling)
 
 
+def _can_decode_without_plan(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """
+    Whether there is a kernel for a decoding step that needs no plan. cuDNN, which `sdpa` prefers on Hopper, plans for
+    every length of the cache that is new to the process, for twice as long as the step takes (torch 2.11).
+    """
+    if query.shape[2] != 1 or not query.is_cuda or query.shape[3] % 8 != 0 or torch.compiler.is_compiling():
+        return False
+    is_grouped = query.shape[1] != key.shape[1]
+    return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, is_grouped))
+
+
 def two_pass_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -248,9 +259,12 @@ def two_pass_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """
     An attention function of transformers: `sdpa`, except in calls whose model passes on a `token_layout`, which is for
-    prompts that fill an empty cache (or none) and have no dropout.
+    prompts that fill an empty cache (or none) and have no dropout, and for single tokens that see all of a cache.
     """
     if token_layout is None:
+        if attention_mask is None and not kwargs.get("dropout") and _can_decode_without_plan(query, key, value):
+            output, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scaling)
+            return output.transpose(1, 2), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     # A static cache returns room for tokens to come.
     states = (query, *(states[:, :, : query.shape[2]] for states in (key, value)))

@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 
 import naive
 import pytest
@@ -553,6 +554,41 @@ def test_flash_attention_of_the_language_model_needs_compact_positions(model):
     model.config.text_config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="Flash attention reads positions with gaps"):
         model(**video_inputs((3,)))
+
+
+# --- decoding ---
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.name()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operators_of_a_step(model, inputs, **kwargs):
+    """Of the fourth step of decoding."""
+    counts = []
+    for num_new in (4, 5):
+        with Operators() as operators:
+            model.generate(**inputs, max_new_tokens=num_new, do_sample=False, **kwargs)
+        counts.append(operators.counts)
+    return counts[1] - counts[0]
+
+
+@pytest.mark.parametrize("position_ids", ["original", "compact"])
+@pytest.mark.parametrize("num_frames", [(3,), (3, 2)])
+def test_a_decoding_step_has_the_operators_of_native_molmo2(num_frames, position_ids):
+    model, inputs = lively_model(position_ids=position_ids), video_inputs(num_frames)
+    expected = operators_of_a_step(native_twin(model), inputs)
+    assert sum(expected.values()) > 100
+    for prune_ratio in (0.0, 0.5):
+        assert operators_of_a_step(model, inputs, prune_ratio=prune_ratio) == expected
 
 
 # --- two passes instead of a mask ---

@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from modeling_stts import stts_two_pass
 from modeling_stts.stts_two_pass import (
     _tokens_first,
     attend_in_two_passes,
@@ -106,6 +108,33 @@ def test_without_a_layout_it_is_sdpa():
     assert torch.equal(output, expected.transpose(1, 2))
 
 
+@pytest.mark.parametrize(
+    ("change", "is_flash"),
+    [
+        ({}, True),
+        ({"num_queries": 2}, False),
+        ({"head_dim": 36}, False),
+        ({"device": "cpu"}, False),
+        ({"attention_mask": "any"}, False),
+        ({"dropout": 0.1}, False),
+    ],
+    ids=str,
+)
+def test_a_decoding_step_needs_no_plan(monkeypatch, change, is_flash):
+    monkeypatch.setattr(stts_two_pass, "can_use_flash_attention", lambda params: True)
+    monkeypatch.setattr(stts_two_pass, "sdpa_attention_forward", lambda *args, **kwargs: ("sdpa", None))
+    call = {"num_queries": 1, "head_dim": 64, "device": "cuda", "attention_mask": None, "dropout": 0.0} | change
+    lengths = (call["num_queries"], 7, 7)
+    with FakeTensorMode():
+        states = [
+            torch.empty(2, heads, length, call["head_dim"], device=call["device"], dtype=torch.bfloat16)
+            for heads, length in zip((4, 2, 2), lengths)
+        ]
+        settings = {"scaling": 0.1, "dropout": call["dropout"]}
+        output, _ = two_pass_attention_forward(torch.nn.Module(), *states, call["attention_mask"], **settings)
+    assert output.shape == (2, 1, 4, 64) if is_flash else output == "sdpa"
+
+
 def heads_first(states):
     return states.contiguous()
 
@@ -187,6 +216,18 @@ def test_kernels_of_cuda_agree_with_float64(kernel, side, length):
     assert output.isfinite().all()
     for mine, other in zip((output * real, *ours), (expected.nan_to_num() * real, *others)):
         assert (mine.double() - other).norm() / other.norm() < 1e-2
+
+
+@pytest.mark.gpu
+def test_a_decoding_step_on_cuda_agrees_with_float64():
+    query, key, value = random_states(2, 1021, 8, 2, 128, device="cuda")
+    exact = query[:, :, -1:], key, value
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, scale=0.1, enable_gqa=True)
+    states = [tensor.bfloat16() for tensor in exact]
+    assert stts_two_pass._can_decode_without_plan(*states)
+    with torch.no_grad():
+        output, _ = two_pass_attention_forward(torch.nn.Module(), *states, None, scaling=0.1)
+    assert (output.transpose(1, 2).double() - expected).norm() / expected.norm() < 1e-2
 
 
 @pytest.mark.gpu
