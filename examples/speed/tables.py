@@ -31,7 +31,8 @@ def to_markdown(results: dict[str, Any]) -> str:
             title = f"{kind.capitalize()}, batch of {batch_size}"
             lines += ["", f"{title}: milliseconds, and how many times faster than native", "", *_speed_ups(plain)]
             lines += ["", f"{title}: in detail", "", *_details(chosen, about["matmul_tflops"])]
-    lines += _table(rows, "decoding", ("num_frames", "candidate", "prune_ratio", "is_compiled", "tokens_per_second"))
+    rates = ("first_tokens_per_second", "tokens_per_second")
+    lines += _table(rows, "decoding", ("num_frames", "candidate", "prune_ratio", "is_compiled", *rates))
     numbers = ("first_ms", "forward_ms", "backward_ms", "difference", "gradient_difference")
     lines += _table(rows, "attention", ("num_frames", "num_tokens", "way", *numbers))
     return "\n".join(lines)
