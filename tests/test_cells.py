@@ -65,7 +65,7 @@ def test_no_candidate_decodes_at_a_length_of_another_and_each_has_a_first_round(
     rows = measure_decoding(candidates, 2, 24, CPU, Runs(0, 3, 3))
     short = 1 + 2 * (5 + 81) + 20
     assert rounds == [(0.0, short), (0.5, short + 24)] * 4
-    assert [(row["first_tokens_per_second"], row["tokens_per_second"]) for row in rows] == [(1.0, 5.0), (2.0, 6.0)]
+    assert [(row["tokens_per_second_at_first"], row["tokens_per_second"]) for row in rows] == [(1.0, 5.0), (2.0, 6.0)]
 
 
 def test_slow_candidates_run_less_often():

@@ -240,7 +240,7 @@ def measure_decoding(
 
     Returns:
         `list[dict]`: for each candidate `tokens_per_second`, from the median of the second half of the steps, and
-        `first_tokens_per_second`, the same in the first round, where every length of the cache is new.
+        `tokens_per_second_at_first`, the same in the first round, where every length of the cache is new.
     """
     inputs = make_inputs(candidates[-1].model.config, num_frames, 1, device)
     longer = {candidate: _ask_more(inputs, idx * num_tokens) for idx, candidate in enumerate(candidates)}
@@ -251,7 +251,7 @@ def measure_decoding(
     first = run_in_turns(candidates, run, device, Runs(warm_up=0, most=1, least=1))
     rows = run_in_turns(candidates, run, device, runs)
     for row, first_row in zip(rows, first):
-        row["first_tokens_per_second"] = first_row.get("tokens_per_second")
+        row["tokens_per_second_at_first"] = first_row.get("tokens_per_second")
     return [{"kind": "decoding", "num_frames": num_frames, "batch_size": 1} | row for row in rows]
 
 
