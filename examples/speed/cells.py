@@ -147,7 +147,9 @@ def measure_prefill(
 
     Returns:
         `list[dict]`: for each candidate the milliseconds of its parts (`vit_ms` with the adapter, `scoring_ms` of
-        scorer, selection and packing, `llm_ms`, `total_ms`), `cpu_ms` of this process, `cache_bytes` and `flops`.
+        scorer, selection and packing, `llm_ms`, `total_ms`), `cache_bytes`, `flops`, and `launch_ms` in which the host
+        has launched the layers of the language model: where short prompts have it near `llm_ms`, the device waits for
+        the host. Behind a long one the device's queue is full, and the host waits.
     """
     config = candidates[-1].model.config
     inputs = make_inputs(config, num_frames, batch_size, device)
@@ -160,13 +162,14 @@ def measure_prefill(
 
 
 def _prefill_once(candidate: Candidate, inputs: dict[str, torch.Tensor], device: torch.device) -> dict[str, float]:
-    watch, base, cpu_start = Stopwatch(device), candidate.model.model, time.process_time()
+    watch, host, base = Stopwatch(device), Stopwatch(torch.device("cpu")), candidate.model.model
     functions = [(base, "get_video_features", "vision_ms")]
     if candidate.name != "native" and not candidate.is_compiled:
         scoring = [(base.vision_tower, "score_windows"), (base.vision_tower, "key_bias")]
         scoring += [(vision_tower, "select_windows"), (stts_packing, "pack_chunk")]
         functions += [(owner, attribute, "scoring_ms") for owner, attribute in scoring]
-    with torch.no_grad(), candidate.compiled(), watch.on(*functions):
+    on_host = [] if candidate.is_compiled else [(base.language_model, "forward", "launch_ms")]
+    with torch.no_grad(), candidate.compiled(), watch.on(*functions), host.on(*on_host):
         forward = watch.wrap(candidate.model, "total_ms")
         outputs = forward(**inputs, logits_to_keep=1, **candidate.kwargs)
     times = watch.read()
@@ -177,7 +180,7 @@ def _prefill_once(candidate: Candidate, inputs: dict[str, torch.Tensor], device:
         "scoring_ms": scoring,
         "llm_ms": times["total_ms"] - vision,
         "total_ms": times["total_ms"],
-        "cpu_ms": 1000 * (time.process_time() - cpu_start),
+        **host.read(),
         "cache_bytes": sum(states.nbytes for layer in layers for states in (layer.keys, layer.values)),
     }
 

@@ -111,7 +111,7 @@ def _milliseconds(row: Row | None) -> Any:
 
 
 def _details(rows: list[Row], matmul_tflops: float) -> list[str]:
-    parts = [part for part in ("vit_ms", "scoring_ms", "llm_ms", "cpu_ms") if any(part in row for row in rows)]
+    parts = [part for part in ("vit_ms", "scoring_ms", "llm_ms", "launch_ms") if any(part in row for row in rows)]
     sizes = [size for size in ("peak_bytes", "cache_bytes") if any(row.get(size) for row in rows)]
     units = [size.replace("_bytes", " GB") for size in sizes]
     times = [part.replace("_", " ") for part in (*parts, "total_ms")]
