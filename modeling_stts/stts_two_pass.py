@@ -273,5 +273,21 @@ def two_pass_attention_forward(
     return attend_in_two_passes(*states, token_layout, scaling).transpose(1, 2), None
 
 
+def two_pass_mask(dtype: torch.dtype = torch.float32, **kwargs) -> torch.Tensor | None:
+    """
+    A mask function of transformers: the mask of `sdpa` in the form that torch would give it again in every layer.
+
+    Args:
+        dtype (`torch.dtype`): of the states.
+        kwargs: those of `sdpa_mask`.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, 1, q_length, kv_length)`: 0 = attend, or else -inf; `None` where `sdpa`
+        needs none.
+    """
+    mask = sdpa_mask(**kwargs)
+    return mask if mask is None else torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), -torch.inf)
+
+
 AttentionInterface.register(IMPLEMENTATION, two_pass_attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, two_pass_mask)

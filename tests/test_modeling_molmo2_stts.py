@@ -680,6 +680,19 @@ def test_no_mask_is_as_large_as_the_prompt_squared(two_pass_model, monkeypatch):
     assert set(sizes) == {1}
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_below_two_passes_the_dense_mask_is_converted_once_for_all_layers(side):
+    inputs, logits, counts = video_inputs((3, 2), side), [], []
+    for implementation in ("sdpa", modeling.TWO_PASS):
+        model = lively_model()
+        model.set_attn_implementation({"text_config": implementation})
+        with torch.no_grad(), Operators() as operators:
+            logits.append(model(**inputs, prune_ratio=0.5).logits)
+        counts.append(operators.counts["aten::where.self"])
+    assert torch.equal(*logits)
+    assert counts[0] - counts[1] == model.config.text_config.num_hidden_layers - 1 > 0
+
+
 def test_packed_positions_and_filled_caches_are_not_for_two_passes(two_passes, two_pass_model):
     model = two_pass_model
     ids = torch.arange(20, 30)[None]

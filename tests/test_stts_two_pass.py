@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.masking_utils import sdpa_mask
 
 from modeling_stts import stts_two_pass
 from modeling_stts.stts_two_pass import (
@@ -13,6 +14,7 @@ from modeling_stts.stts_two_pass import (
     find_kernel,
     lay_out_tokens,
     two_pass_attention_forward,
+    two_pass_mask,
 )
 
 
@@ -106,6 +108,19 @@ def test_without_a_layout_it_is_sdpa():
     output, _ = two_pass_attention_forward(module, *states, None, scaling=0.5)
     expected = torch.nn.functional.scaled_dot_product_attention(*states, is_causal=True, scale=0.5)
     assert torch.equal(output, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_is_what_torch_makes_of_that_of_sdpa(dtype):
+    shape = {"batch_size": 2, "q_length": 5, "kv_length": 5, "allow_is_causal_skip": False}
+    padding = torch.tensor([[False, False, True, True, True], [True] * 5])
+    mask, expected = (function(**shape, attention_mask=padding) for function in (two_pass_mask, sdpa_mask))
+    assert mask.dtype == torch.float32 and torch.equal(mask == 0, expected) and (mask[~expected] == -torch.inf).all()
+    states = [tensor.detach().to(dtype) for tensor in random_states(2, 5, num_key_value_heads=4)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    mask = two_pass_mask(dtype, **shape, attention_mask=padding)
+    assert torch.equal(attend(*states, attn_mask=mask), attend(*states, attn_mask=expected))
+    assert two_pass_mask(dtype, **shape | {"q_length": 1, "allow_is_causal_skip": True}) is None
 
 
 @pytest.mark.parametrize(
