@@ -165,11 +165,11 @@ LAYOUTS = (_tokens_first, heads_first, part_of_a_row)
 def check_layouts(kernel, dtype, head_dim, tolerance, device):
     """Values and gradients of states, and of gradients of the output, in every layout, one after the other."""
     generator = torch.Generator().manual_seed(0)
-    mostly_vision = torch.rand(2, 96, generator=generator) < 0.9
-    exact = random_states(2, 96, 4, 2, head_dim, device)
+    mostly_vision = torch.rand(2, 160, generator=generator) < 0.9
+    exact = random_states(2, 160, 4, 2, head_dim, device)
     weight = torch.randn(exact[0].shape, generator=generator, dtype=torch.double).to(device)
     for is_vision in (mostly_vision, torch.zeros_like(mostly_vision)):
-        seen = torch.ones(96, 96).tril().bool() | (is_vision[:, :, None] & is_vision[:, None])
+        seen = torch.ones(160, 160).tril().bool() | (is_vision[:, :, None] & is_vision[:, None])
         expected = torch.nn.functional.scaled_dot_product_attention(
             *exact, attn_mask=seen[:, None].to(device), scale=0.1, enable_gqa=True
         )
