@@ -85,8 +85,9 @@ def plan(args, device, native, stts):
     first, *larger = args.batch_sizes
     for n in short:
         add("prefill", f"{n} frames, batch {first}", measure_prefill, candidates, n, first, device, runs)
+    rounds = Runs(warm_up=0, most=min(3, args.runs), least=1, seconds=8.0)
     for n in short:
-        add("decoding", f"{n} frames", measure_decoding, candidates, n, 24, device)
+        add("decoding", f"{n} frames", measure_decoding, candidates, n, 24, device, rounds)
     few = Runs(warm_up=1, most=min(3, args.runs), least=2, seconds=8.0)
     for n in [n for n in short if n >= 64] or short:
         add("training", f"{n} frames", measure_training, candidates[:3], n, 1, device, few)
@@ -100,7 +101,7 @@ def plan(args, device, native, stts):
     add("compile", "prefill", measure_prefill, [pruned, compiled], frames[0], 1, device, runs)
     longest_short = max(n for n in frames if n <= max(128, frames[0]))
     decoders = [compiled._replace(prune_ratio=0.0), compiled]
-    add("compile", "decoding", measure_decoding, decoders, longest_short, 48, device)
+    add("compile", "decoding", measure_decoding, decoders, longest_short, 48, device, rounds._replace(most=1))
     return jobs
 
 

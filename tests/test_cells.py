@@ -1,7 +1,10 @@
 import pytest
 import torch
-from speed.cells import Candidate, Runs, measure_attention, run_in_turns
+from speed import cells
+from speed.cells import Candidate, Runs, measure_attention, measure_decoding, run_in_turns
 from transformers import Molmo2Config
+
+from hub_upload.tiny import tiny_model
 
 
 CPU = torch.device("cpu")
@@ -47,6 +50,22 @@ def test_a_way_of_attention_that_fails_is_recorded_too():
     config = Molmo2Config(text_config={"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}).text_config
     rows = measure_attention(config, 1, ["cudnn"], CPU)
     assert "forward_ms" in rows[0] and "NotImplementedError" in rows[1]["error"]
+
+
+def test_no_candidate_decodes_at_a_length_of_another_and_each_has_a_first_round(monkeypatch):
+    rounds, model = [], tiny_model()
+
+    def decode_once(candidate, inputs, num_tokens, device):
+        assert {inputs[name].shape for name in ("attention_mask", "mm_token_type_ids")} == {inputs["input_ids"].shape}
+        rounds.append((candidate.prune_ratio, inputs["input_ids"].shape[1]))
+        return {"tokens_per_second": float(len(rounds))}
+
+    monkeypatch.setattr(cells, "_decode_once", decode_once)
+    candidates = [Candidate("stts", model, ratio) for ratio in (0.0, 0.5)]
+    rows = measure_decoding(candidates, 2, 24, CPU, Runs(0, 3, 3))
+    short = 1 + 2 * (5 + 81) + 20
+    assert rounds == [(0.0, short), (0.5, short + 24)] * 4
+    assert [(row["tokens_per_second_at_first"], row["tokens_per_second"]) for row in rows] == [(1.0, 5.0), (2.0, 6.0)]
 
 
 def test_slow_candidates_run_less_often():

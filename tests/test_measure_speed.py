@@ -37,6 +37,8 @@ def test_every_part_is_measured_once_and_a_run_goes_on_where_the_file_ends(tiny,
     assert kinds[11:] == [("prefill", 3, "stts", 0.5)]
     assert rows[2]["cache_bytes"] < rows[0]["cache_bytes"] == rows[1]["cache_bytes"]
     assert rows[2]["scoring_ms"] > 0 and rows[0]["scoring_ms"] == rows[1]["scoring_ms"] == 0
+    # On a CPU nothing is launched ahead.
+    assert all(0 < row["launch_ms"] <= row["llm_ms"] for row in rows[:4])
     assert results["about"]["matmul_tflops"] > 0
     assert "Prefill, batch of 1" in capsys.readouterr().out
 

@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 
 import naive
 import pytest
@@ -12,6 +13,7 @@ from transformers import AttentionMaskInterface, Molmo2Config, Molmo2ForConditio
 
 import modeling_stts.modeling_molmo2_stts as modeling
 import modeling_stts.modeling_molmo2_stts_vision as vision_tower
+import modeling_stts.stts_two_pass as stts_two_pass
 from hub_upload.tiny import tiny_config, tiny_model, tiny_processor
 from modeling_stts import SttsConfig
 from modeling_stts.stts_selection import PrunePlan, count_pruned_windows, random_scores
@@ -554,6 +556,41 @@ def test_flash_attention_of_the_language_model_needs_compact_positions(model):
         model(**video_inputs((3,)))
 
 
+# --- decoding ---
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.name()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operators_of_a_step(model, inputs, **kwargs):
+    """Of the fourth step of decoding."""
+    counts = []
+    for num_new in (4, 5):
+        with Operators() as operators:
+            model.generate(**inputs, max_new_tokens=num_new, do_sample=False, **kwargs)
+        counts.append(operators.counts)
+    return counts[1] - counts[0]
+
+
+@pytest.mark.parametrize("position_ids", ["original", "compact"])
+@pytest.mark.parametrize("num_frames", [(3,), (3, 2)])
+def test_a_decoding_step_has_the_operators_of_native_molmo2(num_frames, position_ids):
+    model, inputs = lively_model(position_ids=position_ids), video_inputs(num_frames)
+    expected = operators_of_a_step(native_twin(model), inputs)
+    assert sum(expected.values()) > 100
+    for prune_ratio in (0.0, 0.5):
+        assert operators_of_a_step(model, inputs, prune_ratio=prune_ratio) == expected
+
+
 # --- two passes instead of a mask ---
 
 
@@ -597,6 +634,21 @@ def test_two_passes_equal_the_dense_mask(two_passes, side, prune_ratio):
             torch.testing.assert_close(ours.grad, dense.grad, atol=1e-4, rtol=2e-3, msg=name)
 
 
+def test_the_backward_pass_gets_tokens_first_without_a_copy(two_passes, monkeypatch):
+    backward, copied = stts_two_pass._causal_attention_backward, []
+
+    def look(kernel, scaling, rng_states, grad_output, query, key, value, output, lse):
+        for tensor in (grad_output, output):
+            copied.append(stts_two_pass._tokens_first(tensor).data_ptr() != tensor.data_ptr())
+        return backward(kernel, scaling, rng_states, grad_output, query, key, value, output, lse)
+
+    monkeypatch.setattr(stts_two_pass, "_causal_attention_backward", look)
+    model, inputs = lively_model().train(), video_inputs((3, 2), "right")
+    model.set_attn_implementation({"text_config": modeling.TWO_PASS})
+    model(**inputs, labels=labels_of(inputs), prune_ratio=0.5).loss.backward()
+    assert copied == [False] * 4 * model.config.text_config.num_hidden_layers
+
+
 def test_a_prompt_that_hides_tokens_between_others_gets_the_dense_mask(two_passes, two_pass_model):
     inputs = video_inputs((2,))
     inputs["attention_mask"][0, 40] = 0
@@ -626,6 +678,19 @@ def test_no_mask_is_as_large_as_the_prompt_squared(two_pass_model, monkeypatch):
     )
     two_pass_model.generate(**video_inputs((4, 2)), max_new_tokens=3, cache_implementation="static")
     assert set(sizes) == {1}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_below_two_passes_the_dense_mask_is_converted_once_for_all_layers(side):
+    inputs, logits, counts = video_inputs((3, 2), side), [], []
+    for implementation in ("sdpa", modeling.TWO_PASS):
+        model = lively_model()
+        model.set_attn_implementation({"text_config": implementation})
+        with torch.no_grad(), Operators() as operators:
+            logits.append(model(**inputs, prune_ratio=0.5).logits)
+        counts.append(operators.counts["aten::where.self"])
+    assert torch.equal(*logits)
+    assert counts[0] - counts[1] == model.config.text_config.num_hidden_layers - 1 > 0
 
 
 def test_packed_positions_and_filled_caches_are_not_for_two_passes(two_passes, two_pass_model):

@@ -1,9 +1,21 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.masking_utils import sdpa_mask
 
-from modeling_stts.stts_two_pass import attend_in_two_passes, find_kernel, lay_out_tokens, two_pass_attention_forward
+from modeling_stts import stts_two_pass
+from modeling_stts.stts_two_pass import (
+    _tokens_first,
+    attend_in_two_passes,
+    find_kernel,
+    lay_out_tokens,
+    two_pass_attention_forward,
+    two_pass_mask,
+)
 
 
 def attend_one_by_one(query, key, value, is_vision, is_real, scaling):
@@ -98,6 +110,101 @@ def test_without_a_layout_it_is_sdpa():
     assert torch.equal(output, expected.transpose(1, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_is_what_torch_makes_of_that_of_sdpa(dtype):
+    shape = {"batch_size": 2, "q_length": 5, "kv_length": 5, "allow_is_causal_skip": False}
+    padding = torch.tensor([[False, False, True, True, True], [True] * 5])
+    mask, expected = (function(**shape, attention_mask=padding) for function in (two_pass_mask, sdpa_mask))
+    assert mask.dtype == torch.float32 and torch.equal(mask == 0, expected) and (mask[~expected] == -torch.inf).all()
+    states = [tensor.detach().to(dtype) for tensor in random_states(2, 5, num_key_value_heads=4)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    mask = two_pass_mask(dtype, **shape, attention_mask=padding)
+    assert torch.equal(attend(*states, attn_mask=mask), attend(*states, attn_mask=expected))
+    assert two_pass_mask(dtype, **shape | {"q_length": 1, "allow_is_causal_skip": True}) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "is_flash"),
+    [
+        ({}, True),
+        ({"num_queries": 2}, False),
+        ({"head_dim": 36}, False),
+        ({"device": "cpu"}, False),
+        ({"attention_mask": "any"}, False),
+        ({"dropout": 0.1}, False),
+    ],
+    ids=str,
+)
+def test_a_decoding_step_needs_no_plan(monkeypatch, change, is_flash):
+    monkeypatch.setattr(stts_two_pass, "can_use_flash_attention", lambda params: True)
+    monkeypatch.setattr(stts_two_pass, "sdpa_attention_forward", lambda *args, **kwargs: ("sdpa", None))
+    call = {"num_queries": 1, "head_dim": 64, "device": "cuda", "attention_mask": None, "dropout": 0.0} | change
+    lengths = (call["num_queries"], 7, 7)
+    with FakeTensorMode():
+        states = [
+            torch.empty(2, heads, length, call["head_dim"], device=call["device"], dtype=torch.bfloat16)
+            for heads, length in zip((4, 2, 2), lengths)
+        ]
+        settings = {"scaling": 0.1, "dropout": call["dropout"]}
+        output, _ = two_pass_attention_forward(torch.nn.Module(), *states, call["attention_mask"], **settings)
+    assert output.shape == (2, 1, 4, 64) if is_flash else output == "sdpa"
+
+
+def heads_first(states):
+    return states.contiguous()
+
+
+def part_of_a_row(states):
+    """As from a projection to several things at once, with tokens first."""
+    return _tokens_first(torch.cat([states, states], dim=1))[:, : states.shape[1]]
+
+
+LAYOUTS = (_tokens_first, heads_first, part_of_a_row)
+
+
+def check_layouts(kernel, dtype, head_dim, tolerance, device):
+    """Values and gradients of states, and of gradients of the output, in every layout, one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    mostly_vision = torch.rand(2, 160, generator=generator) < 0.9
+    exact = random_states(2, 160, 4, 2, head_dim, device)
+    weight = torch.randn(exact[0].shape, generator=generator, dtype=torch.double).to(device)
+    for is_vision in (mostly_vision, torch.zeros_like(mostly_vision)):
+        seen = torch.ones(160, 160).tril().bool() | (is_vision[:, :, None] & is_vision[:, None])
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            *exact, attn_mask=seen[:, None].to(device), scale=0.1, enable_gqa=True
+        )
+        expected = (expected, *torch.autograd.grad(expected, exact, weight))
+        layout = lay_out_tokens(kernel, is_vision.to(device))
+        for *of_states, of_gradient in itertools.product(LAYOUTS, repeat=4):
+            states = [arrange(tensor.detach().to(dtype)) for arrange, tensor in zip(of_states, exact)]
+            states = [tensor.requires_grad_() for tensor in states]
+            output = attend_in_two_passes(*states, layout, 0.1)
+            ours = (output, *torch.autograd.grad(output, states, of_gradient(weight.to(dtype))))
+            for mine, other in zip(ours, expected):
+                assert (mine.double() - other).norm() / other.norm() < tolerance
+
+
+def test_layouts_in_memory_change_nothing():
+    check_layouts("cpu", torch.float32, 8, 1e-5, "cpu")
+
+
+def test_states_with_tokens_first_are_not_copied():
+    states = torch.randn(2, 5, 3, 4).transpose(1, 2)
+    assert _tokens_first(states).data_ptr() == states.data_ptr()
+    for arrange in (heads_first, part_of_a_row):
+        other = arrange(states)
+        assert other.stride() != states.stride() == _tokens_first(other).stride()
+        assert torch.equal(_tokens_first(other), states)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+def test_layouts_in_memory_change_nothing_on_cuda(kernel):
+    if kernel == "cudnn" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs Hopper")
+    check_layouts(kernel, torch.bfloat16, 128, 1e-2, "cuda")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["cudnn", "flash"])
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -124,6 +231,18 @@ def test_kernels_of_cuda_agree_with_float64(kernel, side, length):
     assert output.isfinite().all()
     for mine, other in zip((output * real, *ours), (expected.nan_to_num() * real, *others)):
         assert (mine.double() - other).norm() / other.norm() < 1e-2
+
+
+@pytest.mark.gpu
+def test_a_decoding_step_on_cuda_agrees_with_float64():
+    query, key, value = random_states(2, 1021, 8, 2, 128, device="cuda")
+    exact = query[:, :, -1:], key, value
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, scale=0.1, enable_gqa=True)
+    states = [tensor.bfloat16() for tensor in exact]
+    assert stts_two_pass._can_decode_without_plan(*states)
+    with torch.no_grad():
+        output, _ = two_pass_attention_forward(torch.nn.Module(), *states, None, scaling=0.1)
+    assert (output.transpose(1, 2).double() - expected).norm() / expected.norm() < 1e-2
 
 
 @pytest.mark.gpu

@@ -1,6 +1,6 @@
 import pytest
 from PIL import Image
-from speed.tables import flop_limit, plot, speed_up, to_markdown
+from speed.tables import OFF, flop_limit, plot, speed_up, to_markdown
 
 
 ABOUT = {
@@ -31,7 +31,7 @@ ROWS = [
 ]
 OTHERS = [
     {"kind": "decoding", "num_frames": 64, "batch_size": 1, "candidate": "native", "prune_ratio": 0.0}
-    | {"is_compiled": True, "tokens_per_second": 31.25},
+    | {"is_compiled": True, "tokens_per_second_at_first": 8.5, "tokens_per_second": 31.25},
     {"kind": "attention", "num_frames": 64, "num_tokens": 5461, "way": "sdpa", "first_ms": 1.5, "forward_ms": 1.0}
     | {"backward_ms": 2.0, "difference": 0.0, "gradient_difference": 0.0},
 ]
@@ -43,6 +43,7 @@ def test_speed_ups_are_against_native_at_the_same_number_of_frames():
     assert speed_up(ROWS, 128, 0.5) is None and speed_up(ROWS, 64, 0.8) is None
     assert flop_limit(ROWS, 64, 0.5) == pytest.approx(10 / 7)
     assert flop_limit(ROWS, 128, 0.5) == pytest.approx(10 / 7)
+    assert speed_up(ROWS, 64, 0.5, base=OFF) == 2.0 and flop_limit(ROWS, 64, 0.5, OFF) == pytest.approx(10 / 7)
 
 
 def test_tables_of_fixed_results():
@@ -51,14 +52,17 @@ def test_tables_of_fixed_results():
         "a GPU, bfloat16, size 4b, torch 2.11, 2026-01-01; matrix products run at 800 TFLOP/s. `python measure`"
     )
     assert "| 64 | 100 | 80 | 1.25 | 1 | 40 | 2.5 | 1.43 |" in lines
+    assert (
+        "| frames | at ratio 0 ms | 50% ms | times | FLOP limit |" in lines and "| 64 | 80 | 40 | 2 | 1.43 |" in lines
+    )
     assert "| 128 | out of memory | - | - | - | 90 | - | 1.43 |" in lines
     # 7e12 operations in 40 ms are 175 TFLOP/s.
-    assert "| 64 | stts | 0.5 | False | 1 | 2 | 40 | 5 | 7 | 0.219 |" in lines
-    assert "| 128 | native | 0 | False | - | - | out of memory | - | 10 | - |" in lines
-    assert "| 64 | native | 0 | True | 31.2 |" in lines
+    assert "| 64 | stts | 0.5 | 1 | 2 | 40 | 5 | 7 | 0.219 |" in lines
+    assert "| 128 | native | 0 | - | - | out of memory | - | 10 | - |" in lines
+    assert "| 64 | native, compiled | 0 | 8.5 | 31.2 |" in lines
     assert "| 64 | 5461 | sdpa | 1.5 | 1 | 2 | 0 | 0 |" in lines
 
 
 def test_the_plot_is_a_picture(tmp_path):
     plot(RESULTS, tmp_path / "speed.png")
-    assert Image.open(tmp_path / "speed.png").size == (1650, 600)
+    assert Image.open(tmp_path / "speed.png").size == (1650, 675)

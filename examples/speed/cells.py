@@ -147,7 +147,9 @@ def measure_prefill(
 
     Returns:
         `list[dict]`: for each candidate the milliseconds of its parts (`vit_ms` with the adapter, `scoring_ms` of
-        scorer, selection and packing, `llm_ms`, `total_ms`), `cpu_ms` of this process, `cache_bytes` and `flops`.
+        scorer, selection and packing, `llm_ms`, `total_ms`), `cache_bytes`, `flops`, and `launch_ms` in which the host
+        has launched the layers of the language model: where short prompts have it near `llm_ms`, the device waits for
+        the host. Behind a long one the device's queue is full, and the host waits.
     """
     config = candidates[-1].model.config
     inputs = make_inputs(config, num_frames, batch_size, device)
@@ -160,13 +162,14 @@ def measure_prefill(
 
 
 def _prefill_once(candidate: Candidate, inputs: dict[str, torch.Tensor], device: torch.device) -> dict[str, float]:
-    watch, base, cpu_start = Stopwatch(device), candidate.model.model, time.process_time()
+    watch, host, base = Stopwatch(device), Stopwatch(torch.device("cpu")), candidate.model.model
     functions = [(base, "get_video_features", "vision_ms")]
     if candidate.name != "native" and not candidate.is_compiled:
         scoring = [(base.vision_tower, "score_windows"), (base.vision_tower, "key_bias")]
         scoring += [(vision_tower, "select_windows"), (stts_packing, "pack_chunk")]
         functions += [(owner, attribute, "scoring_ms") for owner, attribute in scoring]
-    with torch.no_grad(), candidate.compiled(), watch.on(*functions):
+    on_host = [] if candidate.is_compiled else [(base.language_model, "forward", "launch_ms")]
+    with torch.no_grad(), candidate.compiled(), watch.on(*functions), host.on(*on_host):
         forward = watch.wrap(candidate.model, "total_ms")
         outputs = forward(**inputs, logits_to_keep=1, **candidate.kwargs)
     times = watch.read()
@@ -177,7 +180,7 @@ def _prefill_once(candidate: Candidate, inputs: dict[str, torch.Tensor], device:
         "scoring_ms": scoring,
         "llm_ms": times["total_ms"] - vision,
         "total_ms": times["total_ms"],
-        "cpu_ms": 1000 * (time.process_time() - cpu_start),
+        **host.read(),
         "cache_bytes": sum(states.nbytes for layer in layers for states in (layer.keys, layer.values)),
     }
 
@@ -229,26 +232,46 @@ class _StepClock(StoppingCriteria):
 
 
 def measure_decoding(
-    candidates: list[Candidate], num_frames: int, num_tokens: int, device: torch.device
+    candidates: list[Candidate], num_frames: int, num_tokens: int, device: torch.device, runs: Runs
 ) -> list[dict[str, Any]]:
     """
     Greedy decoding by `generate` after a prompt with one video, with a dynamic cache. Compiled candidates have a
     static one, with which `generate` compiles the decoding by itself.
 
+    Kernels may need a plan for each length of the cache, once in a process. So no candidate meets lengths of another:
+    each has a longer question than the one before, by as many tokens as are decoded.
+
     Returns:
-        `list[dict]`: for each candidate `tokens_per_second`, from the median of the second half of the steps.
+        `list[dict]`: for each candidate `tokens_per_second`, from the median of the second half of the steps, and
+        `tokens_per_second_at_first`, the same in the first round, where every length of the cache is new.
     """
     inputs = make_inputs(candidates[-1].model.config, num_frames, 1, device)
-    # Compiling takes the first steps of every call of `generate` on a new length.
-    runs = Runs(warm_up=0, most=1, least=1)
-    rows = run_in_turns(candidates, lambda c: _decode_once(c, inputs, num_tokens, device), device, runs)
+    longer = {candidate: _ask_more(inputs, idx * num_tokens) for idx, candidate in enumerate(candidates)}
+
+    def run(candidate):
+        return _decode_once(candidate, longer[candidate], num_tokens, device)
+
+    first = run_in_turns(candidates, run, device, Runs(warm_up=0, most=1, least=1))
+    rows = run_in_turns(candidates, run, device, runs)
+    for row, first_row in zip(rows, first):
+        row["tokens_per_second_at_first"] = first_row.get("tokens_per_second")
     return [{"kind": "decoding", "num_frames": num_frames, "batch_size": 1} | row for row in rows]
 
 
+def _ask_more(inputs: dict[str, torch.Tensor], num_tokens: int) -> dict[str, torch.Tensor]:
+    """The same prompts, whose question goes on with its last token."""
+    names = ("input_ids", "attention_mask", "mm_token_type_ids")
+    return inputs | {
+        name: torch.cat([inputs[name], inputs[name][:, -1:].expand(-1, num_tokens)], dim=1) for name in names
+    }
+
+
 def _decode_once(candidate, inputs, num_tokens, device):
-    steps, cache = _StepClock(Clock(device)), "static" if candidate.is_compiled else "dynamic"
-    # Without kernels for several lengths of the cache, which are slower than those for one.
-    torch.compiler.reset()
+    steps, cache = _StepClock(Clock(device)), "dynamic"
+    if candidate.is_compiled:
+        cache = "static"
+        # Without kernels for several lengths of the cache, which are slower than those for one.
+        torch.compiler.reset()
     lengths = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
     criteria, options = StoppingCriteriaList([steps]), {"do_sample": False, "cache_implementation": cache}
     candidate.model.generate(**inputs, **lengths, **options, stopping_criteria=criteria, **candidate.kwargs)
