@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Shorter prompts, and so the tokens of a decoding step, are faster with the native mask.
+# Shorter prompts are faster with the native mask. Forward and backward in a layer of Molmo2-4B, with the mask against
+# two passes of cuDNN: 0.56 and 0.61 ms against 1.13 and 1.22 at 1,397 tokens, 1.09 and 1.60 against 0.94 and 1.60 at
+# 2,773, 3.08 and 5.30 against 1.30 and 3.13 at 5,525 (H100, torch 2.11, 2026-11-24, examples/measure_speed.py).
 MIN_TWO_PASS_LENGTH = 2048
 
 # Names of the scorer in checkpoints of the reference, as they are after the renaming rules of `molmo2`.

@@ -144,6 +144,11 @@ def _take(states: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
     return _rows(states)[idx.flatten()].unflatten(0, idx.shape).transpose(1, 2)
 
 
+def _tokens_first(states: torch.Tensor) -> torch.Tensor:
+    """The same states with tokens before heads in memory, where they mostly stand so already."""
+    return states.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def _put(states: torch.Tensor, idx: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """The same states with other values for the tokens at `idx`. May change the given ones."""
     rows = _rows(states).index_copy_(0, idx.flatten(), _rows(values))
@@ -178,8 +183,8 @@ class _TwoPasses(torch.autograd.Function):
             queries, keys = vision_idx[:, 1:], vision_idx[:, :-1]
             grad_output, lse = _take(grad_output, queries), _take(lse, queries)
             if is_filler is not None:
-                grad_output = grad_output.masked_fill(is_filler[:, None, :, None], 0.0)
-                lse = lse.masked_fill(is_filler[:, None], torch.inf)
+                grad_output.masked_fill_(is_filler[:, None, :, None], 0.0)
+                lse.masked_fill_(is_filler[:, None], torch.inf)
             states = _take(query, queries), _take(key, keys), _take(value, keys), _take(output, queries)
             later = _causal_attention_backward(*passed, grad_output, *states, lse)
             grads = [
@@ -222,10 +227,24 @@ def _causal_attention_backward(
     if kernel == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(*states, lse, 0.0, True, scale=scaling)
     if kernel == "cudnn":
+        # What torch plans for shapes and for the layouts of the other three reads later outputs and their gradients in
+        # the layout of the first ones (torch 2.11). So theirs is always the same.
+        states = _tokens_first(grad_output), query, key, value, _tokens_first(output)
         options = (*rng_states, None, None, None, *lengths, 0.0, True)
         return aten._scaled_dot_product_cudnn_attention_backward(*states, lse[..., None], *options, scale=scaling)
     options = (None, None, *lengths, 0.0, True, *rng_states)
     return aten._scaled_dot_product_flash_attention_backward(*states, lse, *options, scale=scaling)
+
+
+def _can_decode_without_plan(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """
+    Whether there is a kernel for a decoding step that needs no plan. cuDNN, which `sdpa` prefers on Hopper, plans for
+    every length of the cache that is new to the process, for twice as long as the step takes (torch 2.11).
+    """
+    if query.shape[2] != 1 or not query.is_cuda or query.shape[3] % 8 != 0 or torch.compiler.is_compiling():
+        return False
+    is_grouped = query.shape[1] != key.shape[1]
+    return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, is_grouped))
 
 
 def two_pass_attention_forward(
@@ -240,9 +259,12 @@ def two_pass_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """
     An attention function of transformers: `sdpa`, except in calls whose model passes on a `token_layout`, which is for
-    prompts that fill an empty cache (or none) and have no dropout.
+    prompts that fill an empty cache (or none) and have no dropout, and for single tokens that see all of a cache.
     """
     if token_layout is None:
+        if attention_mask is None and not kwargs.get("dropout") and _can_decode_without_plan(query, key, value):
+            output, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scaling)
+            return output.transpose(1, 2), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     # A static cache returns room for tokens to come.
     states = (query, *(states[:, :, : query.shape[2]] for states in (key, value)))
@@ -251,5 +273,21 @@ def two_pass_attention_forward(
     return attend_in_two_passes(*states, token_layout, scaling).transpose(1, 2), None
 
 
+def two_pass_mask(dtype: torch.dtype = torch.float32, **kwargs) -> torch.Tensor | None:
+    """
+    A mask function of transformers: the mask of `sdpa` in the form that torch would give it again in every layer.
+
+    Args:
+        dtype (`torch.dtype`): of the states.
+        kwargs: those of `sdpa_mask`.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, 1, q_length, kv_length)`: 0 = attend, or else -inf; `None` where `sdpa`
+        needs none.
+    """
+    mask = sdpa_mask(**kwargs)
+    return mask if mask is None else torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), -torch.inf)
+
+
 AttentionInterface.register(IMPLEMENTATION, two_pass_attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, two_pass_mask)
