@@ -288,6 +288,11 @@ class FinetuningTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def is_evaluated(self) -> bool:
+        """Whether accuracy was measured after the last step."""
+        steps = [entry["step"] for entry in self.state.log_history if "eval_answers" in entry]
+        return steps[-1:] == [self.state.global_step]
+
     @torch.no_grad()
     def _count_right(self, batches) -> dict[float, dict[str, tuple[int, int]]]:
         """Right answers and all answers of every sample, at every ratio, of all processes."""
