@@ -164,7 +164,7 @@ def finetune(options: Options, args: FinetuningArguments) -> dict[str, str]:
     """
     trainer = make_trainer(options, args)
     trainer.train(resume_from_checkpoint=find_checkpoint(trainer))
-    if trainer.eval_dataset is not None:
+    if trainer.eval_dataset is not None and not trainer.is_evaluated():
         trainer.evaluate()
     trainer.save_state()
     trainer.save_final(Path(args.output_dir, "final"))
@@ -172,8 +172,9 @@ def finetune(options: Options, args: FinetuningArguments) -> dict[str, str]:
 
 
 def main() -> None:
-    options, args = HfArgumentParser([Options, FinetuningArguments], description=__doc__).parse_args_into_dataclasses()
+    parser = HfArgumentParser([Options, FinetuningArguments], description=__doc__)
     try:
+        options, args = parser.parse_args_into_dataclasses()
         skipped = finetune(options, args)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

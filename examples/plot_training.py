@@ -11,12 +11,18 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 
-# The curves of each panel: what their logged names begin with, and the scale of the axis.
+# The curves of each panel: what their logged names begin with, the scale of the axis and its limits.
 PANELS = {
-    "loss": (("loss", "language_loss", "temporal_loss"), "log"),
-    "accuracy": (("eval_accuracy_",), "linear"),
-    "scorer": (("kept_share", "score_mean", "score_std"), "linear"),
+    "loss": (("language_loss", "temporal_loss"), "log", None),
+    "accuracy": (("eval_accuracy_",), "linear", (0, 1)),
+    "scorer": (("kept_share", "score_mean", "score_std"), "linear", (0, 1)),
 }
+
+
+def label(name: str) -> str:
+    """What stands beside a curve."""
+    _, is_accuracy, ratio = name.partition("eval_accuracy_")
+    return f"{100 * float(ratio):g} % pruned" if is_accuracy else name.replace("_", " ")
 
 
 def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -44,11 +50,11 @@ def draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
         path (`Path`): the picture to write.
     """
     figure = Figure(figsize=(4 * len(PANELS), 3.2), layout="constrained")
-    for axes, (title, (prefixes, scale)) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
+    for axes, (title, (prefixes, scale, limits)) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
         shown = {name: curve for name, curve in curves.items() if name.startswith(prefixes)}
         for name, curve in shown.items():
-            axes.plot(*zip(*curve), label=name.removeprefix("eval_").replace("_", " "), marker="." * (len(curve) < 30))
-        axes.set(title=title, xlabel="step", yscale=scale)
+            axes.plot(*zip(*curve), label=label(name), marker="." * (len(curve) < 30))
+        axes.set(title=title, xlabel="step", yscale=scale, ylim=limits)
         if shown:
             axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

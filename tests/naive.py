@@ -135,3 +135,24 @@ def language_logits(native, tokens, features, placeholder, positions):
         inputs_embeds=embeddings, attention_mask=mask, position_ids=torch.tensor([positions])
     )
     return native.lm_head(hidden.last_hidden_state)[0]
+
+
+def training_losses(model, tokens, labels, pixel_values, count):
+    """
+    Losses of one prompt with one video, of which `count` windows go: the sum of the language loss over the labels, and
+    the temporal loss.
+    """
+    vit, config, placeholder = model.model.vision_tower, model.config, model.config.video_token_id
+    features, scores, keep = video_features(model.model, pixel_values, count)
+    flags = iter(keep.flatten().tolist())
+    kept = [i for i, token in enumerate(tokens) if token != placeholder or next(flags)]
+    logits = language_logits(model, [tokens[i] for i in kept], features, placeholder, kept)
+    losses = [
+        F.cross_entropy(logits[place - 1], torch.tensor(labels[i]))
+        for place, i in enumerate(kept)
+        if place > 0 and labels[i] != -100
+    ]
+    frames = [vit.patch_embedding(frame) + vit.positional_embedding for frame in pixel_values]
+    for layer in vit.layers[: config.stts_config.score_after_layer + 1]:
+        frames = [block(layer, hidden, config.vision_config.num_attention_heads) for hidden in frames]
+    return sum(losses), temporal_loss(scores, frames)

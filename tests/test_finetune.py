@@ -67,6 +67,8 @@ def test_a_handful_of_clips_is_learned_and_the_result_is_a_hub_folder(monkeypatc
     assert "finished" in capsys.readouterr().out
     losses = [entry["loss"] for entry in history(tmp_path / "out") if "loss" in entry]
     assert losses[0] > 3 and max(losses[-5:]) < 0.3
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_answers" in entry] == [20, 40]
     accuracies = [entry["eval_accuracy_0.5"] for entry in history(tmp_path / "out") if "eval_accuracy_0.5" in entry]
     assert accuracies[-1] == 1 and accuracies[-1] >= accuracies[0]
 
@@ -153,6 +155,7 @@ def test_a_changed_prune_configuration_is_said_and_never_taken_up_by_a_resumed_t
         (["--stts_config", '{"score_after_layer": 7}'], "leaves no block to prune in"),
         (["--prune_ratio", "1.5"], "0 <= prune_ratio < 1, got 1.5"),
         (["--freeze", "head"], "got 'head'"),
+        (["--bf16", "--fp16"], "At most one of fp16 and bf16"),
         (["--dtype", "bfloat16"], "need mixed precision: --bf16"),
         (["--data", "missing.jsonl"], "missing.jsonl cannot be read"),
         (["--model", "{tmp_path}"], "has no config.json"),

@@ -55,22 +55,13 @@ def test_losses_and_scorer_gradients_equal_the_naive_twin():
     ones, is_video = torch.ones_like(labels), torch.tensor([True])
     outputs = training_forward(model, **inputs, labels=labels, sample_idx=ones, is_video=is_video, prune_ratio=0.5)
 
-    pixels, tokens = inputs["pixel_values_videos"].double(), inputs["input_ids"][0].tolist()
-    features, scores, keep = naive.video_features(model.model, pixels, outputs.num_windows - outputs.num_kept)
-    kept = iter(keep.flatten().tolist())
-    stay = [i for i, token in enumerate(tokens) if token != model.config.video_token_id or next(kept)]
-    placeholder = model.config.video_token_id
-    logits = naive.language_logits(model, [tokens[i] for i in stay], features, placeholder, stay)
-    language_loss = torch.nn.functional.cross_entropy(logits[-4:-1], labels[0, -3:], reduction="sum")
-    vit = model.model.vision_tower
-    frames = [vit.patch_embedding(frame) + vit.positional_embedding for frame in pixels]
-    for layer in vit.layers[: model.config.stts_config.score_after_layer + 1]:
-        frames = [naive.block(layer, hidden, model.config.vision_config.num_attention_heads) for hidden in frames]
-    temporal_loss = naive.temporal_loss(scores, frames)
-
+    num_pruned = outputs.num_windows - outputs.num_kept
+    language_loss, temporal_loss = naive.training_losses(
+        model, inputs["input_ids"][0].tolist(), labels[0].tolist(), inputs["pixel_values_videos"].double(), num_pruned
+    )
     torch.testing.assert_close(outputs.language_loss.double(), language_loss, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(outputs.temporal_loss.double(), temporal_loss, rtol=1e-4, atol=1e-5)
-    weights = list(vit.scorer.parameters())
+    weights = list(model.model.vision_tower.scorer.parameters())
     got = torch.autograd.grad(outputs.language_loss + outputs.temporal_loss, weights)
     for gradient, expected in zip(got, torch.autograd.grad(language_loss + temporal_loss, weights)):
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)

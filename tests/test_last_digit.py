@@ -28,3 +28,10 @@ def test_lines_are_what_data_sets_of_the_hub_have(tmp_path, monkeypatch, capsys)
     assert "1 videos" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="error: .*exists"):
         last_digit.main()
+
+
+@pytest.mark.parametrize("num_videos", [{"train": 1, "test": -1}, {"train": 1, "dev": 1}])
+def test_a_failure_midway_leaves_nothing_behind(tmp_path, num_videos):
+    with pytest.raises(ValueError, match="got (-1|'dev')"):
+        last_digit.build_data(tmp_path / "data", num_videos)
+    assert list(tmp_path.iterdir()) == []

@@ -7,9 +7,16 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from inputs import NUM_PATCHES, NUM_WINDOWS, PLACEHOLDER, lively_model, row_of, video_inputs
+from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionMaskInterface, Molmo2Config, Molmo2ForConditionalGeneration
+from transformers import (
+    AttentionMaskInterface,
+    Molmo2Config,
+    Molmo2ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 import modeling_stts.modeling_molmo2_stts as modeling
 import modeling_stts.modeling_molmo2_stts_vision as vision_tower
@@ -813,3 +820,54 @@ def test_tokens_after_a_timestamp_are_that_frames(clip):
     texts = [processor.decode(cut[start - 4 : start]) for start in starts]
     # 20 frames at 4 a second, 8 of them: every second and a half frame, rounded down.
     assert texts == [f"{frame / 4:.1f} " for frame in (0, 2, 5, 7, 10, 12, 15, 17)]
+
+
+# --- weights by the names of checkpoints ---
+
+
+def test_weights_are_loaded_by_the_names_they_are_saved_by(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    other = type(model)(model.config)
+    assert not saved.keys() <= other.state_dict().keys()
+    other.load_state_dict(saved)
+    assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+def test_weights_that_are_missing_or_unknown_are_named(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    del saved["lm_head.weight"]
+    saved["unknown.weight"] = torch.ones(1)
+    other = type(model)(model.config)
+    before = other.lm_head.weight.clone()
+    result = other.load_state_dict(saved, strict=False)
+    assert result.missing_keys == ["lm_head.weight"] and result.unexpected_keys == ["unknown.weight"]
+    assert torch.equal(other.lm_head.weight, before)
+    with pytest.raises(RuntimeError, match="unknown.weight"):
+        other.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "100kB"])
+def test_a_plain_trainer_goes_on_from_a_checkpoint_to_the_same_weights(tmp_path, monkeypatch, max_shard_size):
+    save = modeling.Molmo2SttsForConditionalGeneration.save_pretrained
+    monkeypatch.setattr(
+        modeling.Molmo2SttsForConditionalGeneration,
+        "save_pretrained",
+        lambda self, *args, **kwargs: save(self, *args, **kwargs, max_shard_size=max_shard_size),
+    )
+
+    def train(resume_from_checkpoint=None):
+        torch.manual_seed(1)
+        model = lively_model(prune_ratio=0.5).train()
+        args = TrainingArguments(
+            str(tmp_path), max_steps=2, save_steps=1, learning_rate=1e-2, use_cpu=True, remove_unused_columns=False
+        )
+        inputs = video_inputs((3,), side="right")
+        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == PLACEHOLDER, -100)
+        trainer = Trainer(model, args, train_dataset=[inputs] * 8, data_collator=lambda items: items[0])
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        return model.state_dict()
+
+    whole, rest = train(), train(str(tmp_path / "checkpoint-1"))
+    assert all(torch.equal(weight, rest[name]) for name, weight in whole.items())

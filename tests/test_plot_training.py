@@ -28,8 +28,8 @@ def test_the_picture_shows_losses_accuracy_and_the_scorer(tmp_path, monkeypatch)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     labels = {axes.get_title(): [line.get_label() for line in axes.lines] for axes in figures[0].axes}
     assert labels == {
-        "loss": ["loss", "language loss", "temporal loss"],
-        "accuracy": ["accuracy 0.5"],
+        "loss": ["language loss", "temporal loss"],
+        "accuracy": ["50 % pruned"],
         "scorer": ["kept share"],
     }
 

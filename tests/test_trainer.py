@@ -2,6 +2,7 @@ import logging
 import math
 import resource
 
+import naive
 import pytest
 import torch
 from finetuning.collator import Collator
@@ -9,8 +10,11 @@ from finetuning.encoding import ConversationDataset, Encoder
 from finetuning.groups import add_lora, freeze
 from finetuning.samples import read_samples
 from finetuning.trainer import FinetuningArguments, FinetuningTrainer, last_good_checkpoint
+from inputs import lively_model, video_inputs
 from safetensors.torch import load_file
 from training_inputs import training_model, training_processor, turns, write_mixed, write_rows, write_still
+
+from modeling_stts.stts_selection import count_pruned_windows
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +104,47 @@ def test_the_loss_is_the_same_in_one_batch_in_packed_rows_and_in_several(
     assert logged(trainer, "language_loss")[0] == pytest.approx(float(sums / labels), rel=1e-4)
     assert logged(trainer, "temporal_loss")[0] == pytest.approx(float(errors / compared), rel=1e-4)
     assert logged(trainer)[0] == pytest.approx(float(sums / labels + 0.5 * errors / compared), rel=1e-4)
+
+
+def test_scorer_gradients_of_a_step_equal_the_naive_twin(tmp_path):
+    """Of a batch with videos of two lengths, through both parts of the loss that is trained."""
+    model, twin, items = lively_model().train(), lively_model().train(), []
+    language_loss, temporal_loss, num_labels, num_compared = 0, 0, 0, 0
+    for number, num_frames in enumerate((3, 2)):
+        inputs = video_inputs((num_frames,), side="right")
+        inputs |= {name: inputs[name][0] for name in ("input_ids", "mm_token_type_ids")}
+        del inputs["attention_mask"]
+        labels = torch.full_like(inputs["input_ids"], -100)
+        labels[-2 - number :] = inputs["input_ids"][-2 - number :]
+        items.append(inputs | {"labels": labels, "where": f"{number}", "skipped": {}})
+        num_pruned = count_pruned_windows(num_frames, 81, 0.5)
+        sum_over_labels, mean = naive.training_losses(
+            twin, inputs["input_ids"].tolist(), labels.tolist(), inputs["pixel_values_videos"], num_pruned
+        )
+        language_loss, num_labels = language_loss + sum_over_labels, num_labels + 2 + number
+        temporal_loss, num_compared = temporal_loss + mean * (num_frames - 1), num_compared + num_frames - 1
+    loss = language_loss / num_labels + 0.5 * temporal_loss / num_compared
+    expected = torch.autograd.grad(loss, list(twin.model.vision_tower.scorer.parameters()))
+
+    args = FinetuningArguments(
+        str(tmp_path),
+        use_cpu=True,
+        disable_tqdm=True,
+        max_steps=1,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        save_strategy="no",
+    )
+    trainer = FinetuningTrainer(model, args, train_dataset=items, data_collator=Collator(256))
+    got, clip = [], trainer._clip_grad_norm
+    trainer._clip_grad_norm = lambda model: (
+        got.extend(weight.grad.clone() for weight in model.model.vision_tower.scorer.parameters()) or clip(model)
+    )
+    trainer.train()
+    assert logged(trainer)[0] == pytest.approx(loss.item(), rel=1e-4)
+    assert len(got) == len(expected) and max(of_twin.norm() for of_twin in expected) > 0.1
+    for gradient, of_twin in zip(got, expected):
+        torch.testing.assert_close(gradient, of_twin, rtol=1e-3, atol=1e-5)
 
 
 def test_activation_checkpointing_changes_nothing(mixed, tmp_path):

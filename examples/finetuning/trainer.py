@@ -85,7 +85,7 @@ class FinetuningTrainer(Trainer):
     - the parts of the loss, what the scorer does, and the speed are logged;
     - a gradient that is not finite stops the training, with the samples named;
     - `evaluate` measures accuracy at several prune ratios;
-    - checkpoints are loaded by the names they are saved by, and one that cannot be written whole is removed.
+    - a checkpoint that cannot be written whole is removed.
 
     Args:
         model: as loaded, or with adapters of PEFT; its `forward` is replaced.
@@ -288,6 +288,11 @@ class FinetuningTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def is_evaluated(self) -> bool:
+        """Whether accuracy was measured after the last step."""
+        steps = [entry["step"] for entry in self.state.log_history if "eval_answers" in entry]
+        return steps[-1:] == [self.state.global_step]
+
     @torch.no_grad()
     def _count_right(self, batches) -> dict[float, dict[str, tuple[int, int]]]:
         """Right answers and all answers of every sample, at every ratio, of all processes."""
@@ -343,14 +348,6 @@ class FinetuningTrainer(Trainer):
         if self.model is not self.base_model and self.args.should_save:
             # Beside adapters, to say what they were trained with.
             self.base_model.config.save_pretrained(output_dir or self.args.output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if self.is_fsdp_enabled or self.model is not self.base_model:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # `Trainer` reads the file itself, by the names of the modules, and leaves the weights as they are where those
-        # of released checkpoints are other ones.
-        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype="auto")
-        self.model.load_state_dict(saved.state_dict())
 
 
 def last_good_checkpoint(output_dir: str | Path) -> Path | None:

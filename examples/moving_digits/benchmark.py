@@ -10,7 +10,9 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +64,27 @@ def write_video(path: str | os.PathLike, scene: Scene, split: str) -> None:
         container.mux(stream.encode())
 
 
+@contextmanager
+def new_folder(out: str | os.PathLike) -> Iterator[Path]:
+    """
+    A folder that gets its name when everything in it is written; if that fails, nothing of it is left.
+
+    Args:
+        out (`str` or `os.PathLike`): the folder to make. It must not exist, but its parent must.
+
+    Raises:
+        FileExistsError: if `out` exists.
+    """
+    out = Path(out).absolute()
+    if os.path.lexists(out):
+        raise FileExistsError(f"{out} exists. The folder must be a new one; nothing is ever overwritten.")
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        folder = Path(scratch) / "unfinished"
+        folder.mkdir()
+        yield folder
+        os.rename(folder, out)
+
+
 def build_benchmark(
     out: str | os.PathLike, num_videos: dict[str, int], split: str = "test", first_seed: int = 0, workers: int = 1
 ) -> Path:
@@ -82,24 +105,18 @@ def build_benchmark(
         FileExistsError: if `out` exists.
         ValueError: if a number, the split or a seed is out of its range.
     """
-    out = Path(out).absolute()
-    if os.path.lexists(out):
-        raise FileExistsError(f"{out} exists. The benchmark's folder must be a new one; nothing is ever overwritten.")
     for name, count in num_videos.items():
         if not 0 <= count <= MAX_SEED - first_seed:
             raise ValueError(f"The number of {name} videos must be from 0 to {MAX_SEED - first_seed}, got {count}.")
     tasks = [(name, split, first_seed + i) for name, count in num_videos.items() for i in range(count)]
     for name in num_videos:
         draw_scene(name, split, first_seed)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        folder = Path(scratch) / "benchmark"
-        folder.mkdir()
+    with new_folder(out) as folder:
         with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             written = pool.map(_write_one, [folder] * len(tasks), tasks, chunksize=4)
             lines = list(tqdm(written, total=len(tasks), disable=not sys.stderr.isatty()))
         (folder / QUESTIONS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        os.rename(folder, out)
-    return out
+    return Path(out)
 
 
 def _write_one(folder: Path, task: tuple[str, str, int]) -> dict:

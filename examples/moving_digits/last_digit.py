@@ -11,8 +11,9 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from benchmark import build_benchmark, read_benchmark
+from benchmark import Video, build_benchmark, new_folder, read_benchmark
 from scenes import SPLITS
 
 
@@ -36,17 +37,19 @@ def build_data(out: str | os.PathLike, num_videos: dict[str, int], first_seed: i
         FileExistsError: if `out` exists.
         ValueError: if a number or a seed is out of its range.
     """
-    out = Path(out)
-    out.mkdir()
-    for split, count in num_videos.items():
-        folder = build_benchmark(out / split, {"short": count}, split, first_seed, workers)
-        rows = []
-        for video in read_benchmark(folder):
-            asked = [{"type": "video", "path": f"{split}/{video.path.name}"}, {"type": "text", "text": QUESTION}]
-            answer = str(video.scene.digits[-1].label)
-            rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]})
-        (out / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return out
+    with new_folder(out) as folder:
+        for split, count in num_videos.items():
+            videos = read_benchmark(build_benchmark(folder / split, {"short": count}, split, first_seed, workers))
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(_ask(video)) + "\n" for video in videos))
+    return Path(out)
+
+
+def _ask(video: Video) -> dict[str, Any]:
+    """A line of the JSONL file."""
+    path = f"{video.path.parent.name}/{video.path.name}"
+    asked = [{"type": "video", "path": path}, {"type": "text", "text": QUESTION}]
+    answer = str(video.scene.digits[-1].label)
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
 
 
 def main() -> None:

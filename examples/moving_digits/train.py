@@ -41,8 +41,8 @@ SCORER, VISION = r"\.scorer\.", r"\.(vision_tower|multi_modal_projector)\."
 class SceneTrainer(Trainer):
     """
     Differences from `Trainer`: batches come in the order of the data set, their frames are rendered on the model's
-    device, the share of answers whose first token is right is logged for each set, a step whose gradients are not all
-    finite is left out and counted, and the weights of a checkpoint are loaded by the names they are saved by.
+    device, the share of answers whose first token is right is logged for each set, and a step whose gradients are not
+    all finite is left out and counted.
     """
 
     def __init__(self, *args, **kwargs):
@@ -72,13 +72,6 @@ class SceneTrainer(Trainer):
         # What mixed precision with a gradient scaler uses: the fused optimizer looks at it without waiting for it.
         self.optimizer.optimizer.found_inf = is_bad.float()
         return loss
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if isinstance(self.model, PictureLearner):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # `Trainer` reads the file by the names of the modules, finds none of them, and goes on with other weights.
-        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype="auto")
-        self.model.load_state_dict(saved.state_dict())
 
     def count_right(self, outputs) -> torch.Tensor:
         """Right answers and all answers."""
