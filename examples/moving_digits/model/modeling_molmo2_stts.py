@@ -1,5 +1,6 @@
 """Molmo2 with STTS: the tokens of a video are pruned inside the ViT, and so in the language model too."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -562,7 +563,8 @@ class Molmo2SttsForConditionalGeneration(SttsGenerationMixin, Molmo2ForCondition
     Differences from `Molmo2ForConditionalGeneration`:
     - videos are pruned, in `forward` and in `generate` (`SttsGenerationMixin`); `prune_ratio` overrides the
       configuration's for one call;
-    - in training the temporal loss is added to the loss.
+    - in training the temporal loss is added to the loss;
+    - `load_state_dict` takes the names of saved checkpoints too.
     """
 
     config: Molmo2SttsConfig
@@ -574,6 +576,23 @@ class Molmo2SttsForConditionalGeneration(SttsGenerationMixin, Molmo2ForCondition
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.vocab_size = config.text_config.vocab_size
         self.post_init()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """
+        As natively, and also weights by the names that `save_pretrained` writes, which are those of released
+        checkpoints: when `Trainer` goes on from a checkpoint, it hands over what it reads in the file.
+        """
+        if not state_dict.keys() <= self.state_dict().keys():
+            state_dict = self._rename_saved(state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _rename_saved(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        # float32 holds the values of every dtype that is trained, and they are copied into weights of their own dtype.
+        saved, report = type(self).from_pretrained(
+            None, config=self.config, state_dict=dict(state_dict), dtype=torch.float32, output_loading_info=True
+        )
+        renamed = {name: weight for name, weight in saved.state_dict().items() if name not in report["missing_keys"]}
+        return renamed | dict.fromkeys(report["unexpected_keys"])
 
     def get_video_features(
         self,
