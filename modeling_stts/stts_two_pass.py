@@ -183,8 +183,9 @@ class _TwoPasses(torch.autograd.Function):
             queries, keys = vision_idx[:, 1:], vision_idx[:, :-1]
             grad_output, lse = _take(grad_output, queries), _take(lse, queries)
             if is_filler is not None:
-                grad_output.masked_fill_(is_filler[:, None, :, None], 0.0)
-                lse.masked_fill_(is_filler[:, None], torch.inf)
+                # `masked_fill_` of moved tokens is not compiled, `masked_fill` puts heads first.
+                grad_output = torch.where(is_filler[:, None, :, None], 0.0, grad_output)
+                lse = lse.masked_fill(is_filler[:, None], torch.inf)
             states = _take(query, queries), _take(key, keys), _take(value, keys), _take(output, queries)
             later = _causal_attention_backward(*passed, grad_output, *states, lse)
             grads = [

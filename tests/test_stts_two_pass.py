@@ -98,6 +98,18 @@ def test_nothing_is_moved_where_nothing_needs_to_be():
     assert layout[1:] == (None, None, None, None)
 
 
+def test_compiled_passes_agree():
+    torch.compiler.reset()
+    compiled = torch.compile(attend_in_two_passes, backend="aot_eager", fullgraph=True)
+    for rows in (["vvvttv"], ["vvvtt", "   vv"]):
+        is_vision, is_real = (torch.tensor([[t in kinds for t in row] for row in rows]) for kinds in ("v", "vt"))
+        states = random_states(*is_vision.shape)
+        layout = lay_out_tokens("cpu", is_vision, is_real)
+        outputs = [function(*states, layout, 0.3) for function in (attend_in_two_passes, compiled)]
+        torch.testing.assert_close(*outputs)
+        torch.testing.assert_close(*(torch.autograd.grad(output.sum(), states) for output in outputs))
+
+
 def test_the_cpu_has_no_kernel_by_default():
     assert find_kernel(torch.device("cpu"), torch.bfloat16, 4, 2, 16) is None
 
