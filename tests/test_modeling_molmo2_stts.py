@@ -601,9 +601,10 @@ def test_a_decoding_step_has_the_operators_of_native_molmo2(num_frames, position
 # --- two passes instead of a mask ---
 
 
-@pytest.fixture
-def two_passes(monkeypatch):
-    """Lets the CPU attend in two passes. Returns the layouts that are made."""
+@pytest.fixture(params=[1, 64])
+def two_passes(request, monkeypatch):
+    """Lets the CPU attend in two passes, of multiples of so many tokens. Returns the layouts that are made."""
+    monkeypatch.setitem(stts_two_pass.LENGTH_MULTIPLES, "cpu", request.param)
     layouts, lay_out = [], modeling.lay_out_tokens
     monkeypatch.setattr(modeling, "find_kernel", lambda *shape: "cpu")
     monkeypatch.setattr(

@@ -1,14 +1,17 @@
 import itertools
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import sdpa_mask
 
 from modeling_stts import stts_two_pass
 from modeling_stts.stts_two_pass import (
+    LENGTH_MULTIPLES,
     _tokens_first,
     attend_in_two_passes,
     find_kernel,
@@ -55,14 +58,47 @@ def prompts(draw):
     return [side(row, length) for row in rows]
 
 
+class Passes(TorchDispatchMode):
+    """Notes what the kernel of the CPU gets, forward and backward, and what it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.inputs, self.outputs = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        if "flash_attention_for_cpu" in function.name():
+            self.inputs.append([tensor for tensor in args if isinstance(tensor, torch.Tensor)])
+            self.outputs.append(results)
+        return results
+
+    @property
+    def shapes(self):
+        """With the strides, which cuDNN plans for too."""
+        return [[(tuple(tensor.shape), tensor.stride()) for tensor in call] for call in self.inputs]
+
+
+def multiple_of(multiple):
+    """Has the CPU attend to multiples of some number of tokens only."""
+    return mock.patch.dict(LENGTH_MULTIPLES, cpu=multiple)
+
+
 @settings(deadline=None, max_examples=60)
-@given(prompts())
-def test_values_and_gradients_equal_the_naive_twin(rows):
+@given(prompts(), st.sampled_from([1, 2, 4, 8]))
+@example(["vvvv", "vttt"], 4)
+@example(["vvvvvv", "    vv"], 4)
+@example(["tvvvvvvvt"], 8)
+def test_values_and_gradients_equal_the_naive_twin(rows, multiple):
     is_vision = torch.tensor([[token == "v" for token in row] for row in rows])
     is_real = torch.tensor([[token != " " for token in row] for row in rows])
     states = random_states(*is_vision.shape)
-    layout = lay_out_tokens("cpu", is_vision, is_real.long())
-    output = attend_in_two_passes(*states, layout, 0.3)
+    with multiple_of(multiple):
+        layout = lay_out_tokens("cpu", is_vision, is_real.long())
+    with Passes() as passes:
+        output = attend_in_two_passes(*states, layout, 0.3)
+        torch.autograd.grad(output.sum(), states, retain_graph=True)
+    assert all(tensor.shape[2] % multiple == 0 for call in passes.inputs for tensor in call)
+    assert all(tensor.isfinite().all() for call in passes.outputs for tensor in call)
     expected = attend_one_by_one(*states, is_vision, is_real, 0.3)
     real = is_real[:, None, :, None].expand_as(output)
     torch.testing.assert_close(output[real], expected[real])
@@ -84,7 +120,7 @@ def test_float32_at_an_odd_size():
 def test_vision_tokens_that_the_mask_hides_are_padding():
     is_vision, mask = torch.ones(1, 5, dtype=torch.bool), torch.tensor([[0, 0, 1, 1, 1]])
     layout = lay_out_tokens("cpu", is_vision, mask)
-    assert layout.order.tolist() == [[2, 3, 4, 0, 1]] and layout.vision_idx.tolist() == [[2, 1, 0]]
+    assert layout.order.tolist() == [[2, 3, 4, 0, 1]] and layout.vision_idx.tolist() == [[2, 1, 0, 2]]
 
 
 @pytest.mark.parametrize("mask", [[1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [0, 1, 0, 1, 0]])
@@ -95,7 +131,60 @@ def test_hidden_tokens_between_others_have_no_layout(mask):
 def test_nothing_is_moved_where_nothing_needs_to_be():
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     layout = lay_out_tokens("cpu", torch.zeros(2, 5, dtype=torch.bool), mask)
-    assert layout[1:] == (None, None, None, None)
+    assert layout[1:] == (5, None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "length", "num_vision", "expected"),
+    [
+        ("flash", 257, 255, (257, 255)),
+        ("cpu", 257, 255, (257, 255)),
+        ("cudnn", 255, 2, (256, 256)),
+        ("cudnn", 256, 256, (256, 256)),
+        ("cudnn", 257, 256, (512, 256)),
+        ("cudnn", 5845, 5184, (5888, 5376)),
+    ],
+)
+def test_both_passes_have_multiples_of_256_tokens_for_cudnn_only(kernel, length, num_vision, expected):
+    layout = lay_out_tokens(kernel, torch.arange(length)[None] < num_vision)
+    assert (layout.padded_length, layout.is_filler.shape[1]) == expected
+    queries, keys = layout.vision_idx[0, 1:], layout.vision_idx[0, :-1]
+    assert len(queries.unique()) == len(keys.unique()) == expected[1] and layout.vision_idx.max() < expected[0]
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_queries_without_a_second_pass_stay_finite_whatever_their_logits(multiple):
+    is_vision = torch.tensor([[True] * 5, [False] * 5])
+    states = [(100 * tensor.detach()).requires_grad_() for tensor in random_states(2, 5)]
+    with multiple_of(multiple):
+        output = attend_in_two_passes(*states, lay_out_tokens("cpu", is_vision), 0.3)
+    expected = attend_one_by_one(*states, is_vision, torch.ones_like(is_vision), 0.3)
+    torch.testing.assert_close(output, expected)
+    for mine, other in zip(*(torch.autograd.grad(result.square().sum(), states) for result in (output, expected))):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_prompts_between_two_multiples_look_the_same_to_the_kernel(num_rows):
+    seen = []
+    # As without a cache, after a dynamic cache, from a static cache.
+    for length, arrange in ((17, _tokens_first), (19, heads_first), (24, _tokens_first), (23, part_of_a_row)):
+        is_vision = torch.arange(length).expand(num_rows, -1) % 8 > 2
+        states = [arrange(tensor.detach()).requires_grad_() for tensor in random_states(num_rows, length)]
+        with multiple_of(8), Passes() as passes:
+            output = attend_in_two_passes(*states, lay_out_tokens("cpu", is_vision), 0.3)
+            torch.autograd.grad(output.square().sum(), states)
+        assert output.shape == states[0].shape and len(passes.inputs) == 4
+        seen.append(passes.shapes)
+    assert seen.count(seen[0]) == 4
+
+
+def test_a_multiple_is_not_moved():
+    states = random_states(2, 16)
+    with multiple_of(8), Passes() as passes:
+        output = attend_in_two_passes(*states, lay_out_tokens("cpu", torch.zeros(2, 16, dtype=torch.bool)), 0.3)
+    assert [tensor.data_ptr() for tensor in passes.inputs[0]] == [tensor.data_ptr() for tensor in states]
+    assert output.data_ptr() == passes.outputs[0][0].data_ptr()
 
 
 def test_compiled_passes_agree():
@@ -104,7 +193,8 @@ def test_compiled_passes_agree():
     for rows in (["vvvttv"], ["vvvtt", "   vv"]):
         is_vision, is_real = (torch.tensor([[t in kinds for t in row] for row in rows]) for kinds in ("v", "vt"))
         states = random_states(*is_vision.shape)
-        layout = lay_out_tokens("cpu", is_vision, is_real)
+        with multiple_of(8):
+            layout = lay_out_tokens("cpu", is_vision, is_real)
         outputs = [function(*states, layout, 0.3) for function in (attend_in_two_passes, compiled)]
         torch.testing.assert_close(*outputs)
         torch.testing.assert_close(*(torch.autograd.grad(output.sum(), states) for output in outputs))
@@ -174,14 +264,14 @@ def part_of_a_row(states):
 LAYOUTS = (_tokens_first, heads_first, part_of_a_row)
 
 
-def check_layouts(kernel, dtype, head_dim, tolerance, device):
+def check_layouts(kernel, length, dtype, head_dim, tolerance, device):
     """Values and gradients of states, and of gradients of the output, in every layout, one after the other."""
     generator = torch.Generator().manual_seed(0)
-    mostly_vision = torch.rand(2, 160, generator=generator) < 0.9
-    exact = random_states(2, 160, 4, 2, head_dim, device)
+    mostly_vision = torch.rand(2, length, generator=generator) < 0.9
+    exact = random_states(2, length, 4, 2, head_dim, device)
     weight = torch.randn(exact[0].shape, generator=generator, dtype=torch.double).to(device)
     for is_vision in (mostly_vision, torch.zeros_like(mostly_vision)):
-        seen = torch.ones(160, 160).tril().bool() | (is_vision[:, :, None] & is_vision[:, None])
+        seen = torch.ones(length, length).tril().bool() | (is_vision[:, :, None] & is_vision[:, None])
         expected = torch.nn.functional.scaled_dot_product_attention(
             *exact, attn_mask=seen[:, None].to(device), scale=0.1, enable_gqa=True
         )
@@ -197,7 +287,7 @@ def check_layouts(kernel, dtype, head_dim, tolerance, device):
 
 
 def test_layouts_in_memory_change_nothing():
-    check_layouts("cpu", torch.float32, 8, 1e-5, "cpu")
+    check_layouts("cpu", 160, torch.float32, 8, 1e-5, "cpu")
 
 
 def test_states_with_tokens_first_are_not_copied():
@@ -211,16 +301,17 @@ def test_states_with_tokens_first_are_not_copied():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["cudnn", "flash"])
-def test_layouts_in_memory_change_nothing_on_cuda(kernel):
+@pytest.mark.parametrize("length", [160, 256])
+def test_layouts_in_memory_change_nothing_on_cuda(kernel, length):
     if kernel == "cudnn" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs Hopper")
-    check_layouts(kernel, torch.bfloat16, 128, 1e-2, "cuda")
+    check_layouts(kernel, length, torch.bfloat16, 128, 1e-2, "cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["cudnn", "flash"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("length", [333, 1021])
+@pytest.mark.parametrize("length", [333, 1021, 1024])
 def test_kernels_of_cuda_agree_with_float64(kernel, side, length):
     if kernel == "cudnn" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs Hopper")
