@@ -74,10 +74,12 @@ def test_slow_candidates_run_less_often():
 
 
 @pytest.mark.parametrize("num_frames", [1, 3])
-def test_both_ways_of_attention_agree(num_frames):
+def test_both_ways_of_attention_agree(monkeypatch, num_frames):
+    lengths, lay_out = [], cells.lay_out_tokens
+    monkeypatch.setattr(cells, "lay_out_tokens", lambda *args: lengths.append(args[1].shape[1]) or lay_out(*args))
     text = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32}
     rows = measure_attention(Molmo2Config(text_config=text).text_config, num_frames, ["cpu"], CPU)
     assert [row["way"] for row in rows] == ["sdpa", "two passes, cpu"]
-    assert rows[1]["num_tokens"] == 21 + 86 * num_frames
+    assert rows[1]["num_tokens"] == 21 + 86 * num_frames and lengths == [21 + 86 * num_frames, 22 + 86 * num_frames]
     assert rows[1]["difference"] < 1e-5 and rows[1]["gradient_difference"] < 1e-5
-    assert all(row[name] > 0 for row in rows for name in ("first_ms", "forward_ms", "backward_ms"))
+    assert all(row[name] > 0 for row in rows for name in ("first_ms", "next_ms", "forward_ms", "backward_ms"))

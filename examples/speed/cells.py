@@ -293,31 +293,21 @@ def measure_attention(text_config, num_frames: int, kernels: list[str], device: 
         device (`torch.device`): computes in bfloat16 on CUDA.
 
     Returns:
-        `list[dict]`: for each way `first_ms` (with what is planned for a new length), `forward_ms`, `backward_ms`,
-        `flops` of the forward, and the relative `difference` from `sdpa` and `gradient_difference`.
+        `list[dict]`: for each way `first_ms` (forward, with what is planned for a new length), `next_ms` (the same
+        with one token more, which two passes round to the same length), `forward_ms`, `backward_ms`, `flops` of the
+        forward, and the relative `difference` from `sdpa` and `gradient_difference`.
     """
-    frame = [False] * 4 + [True] * 81 + [False]
-    is_vision = torch.tensor([[False, *frame * num_frames, *[False] * 20]], device=device)
-    length, head_dim = is_vision.shape[1], text_config.head_dim
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    heads = (text_config.num_attention_heads, *[text_config.num_key_value_heads] * 2)
-    states = [torch.randn(1, length, n, head_dim, device=device, dtype=dtype).transpose(1, 2) for n in heads]
-    states = [tensor.requires_grad_() for tensor in states]
-    module = torch.nn.Module()
-    module.num_key_value_groups = heads[0] // heads[1]
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril() | (is_vision & is_vision.mT)
-    ways = {"sdpa": lambda: sdpa_attention_forward(module, *states, mask[None, None], scaling=head_dim**-0.5)[0]}
-    for kernel in kernels:
-        layout = lay_out_tokens(kernel, is_vision)
-        ways[f"two passes, {kernel}"] = lambda layout=layout: attend_in_two_passes(
-            *states, layout, head_dim**-0.5
-        ).transpose(1, 2)
-    flops = attention(causal_pairs(length, 81 * num_frames), heads[0] * head_dim)
-    rows, reference = [], None
-    for name, way in ways.items():
+    prompt, next_prompt = (_attention_prompt(text_config, num_frames, num_text, device) for num_text in (20, 21))
+    length, heads = prompt[0].shape[1], text_config.num_attention_heads
+    flops = attention(causal_pairs(length, 81 * num_frames), heads * text_config.head_dim)
+    rows, reference, watch = [], None, Stopwatch(device)
+    for kernel in (None, *kernels):
+        name = "sdpa" if kernel is None else f"two passes, {kernel}"
         row = {"kind": "attention", "num_frames": num_frames, "num_tokens": length, "way": name, "flops": flops}
         try:
-            numbers, results = _time_way(way, states, device)
+            numbers, results = _time_way(_way_of_attention(kernel, *prompt), prompt[1], device)
+            watch.wrap(_way_of_attention(kernel, *next_prompt), "next_ms")()
+            numbers |= watch.read()
         except RuntimeError as error:
             rows.append(row | _describe(error))
             continue
@@ -325,6 +315,30 @@ def measure_attention(text_config, num_frames: int, kernels: list[str], device: 
         errors = [_relative_error(mine, other) for mine, other in zip(results, reference)]
         rows.append(row | numbers | {"difference": errors[0], "gradient_difference": max(errors[1:])})
     return rows
+
+
+def _attention_prompt(text_config, num_frames, num_text, device):
+    """Which tokens are vision tokens, and random query, key and value."""
+    frame = [False] * 4 + [True] * 81 + [False]
+    is_vision = torch.tensor([[False, *frame * num_frames, *[False] * num_text]], device=device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    heads = (text_config.num_attention_heads, *[text_config.num_key_value_heads] * 2)
+    shapes = [(1, is_vision.shape[1], n, text_config.head_dim) for n in heads]
+    states = [torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for shape in shapes]
+    return is_vision, [tensor.requires_grad_() for tensor in states]
+
+
+def _way_of_attention(kernel, is_vision, states) -> Callable[[], torch.Tensor]:
+    """`sdpa` where no kernel is given."""
+    scaling = states[0].shape[-1] ** -0.5
+    if kernel is not None:
+        layout = lay_out_tokens(kernel, is_vision)
+        return lambda: attend_in_two_passes(*states, layout, scaling).transpose(1, 2)
+    module, length = torch.nn.Module(), is_vision.shape[1]
+    module.num_key_value_groups = states[0].shape[1] // states[1].shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=is_vision.device).tril()
+    mask = (causal | (is_vision & is_vision.mT))[None, None]
+    return lambda: sdpa_attention_forward(module, *states, mask, scaling=scaling)[0]
 
 
 def _time_way(way, states, device):

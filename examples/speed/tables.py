@@ -37,7 +37,7 @@ def to_markdown(results: dict[str, Any]) -> str:
             lines += ["", f"{title}: in detail", "", *_details(chosen, about["matmul_tflops"])]
     rates = ("tokens_per_second_at_first", "tokens_per_second")
     lines += _table(rows, "decoding", ("num_frames", "candidate", "prune_ratio", *rates))
-    numbers = ("first_ms", "forward_ms", "backward_ms", "difference", "gradient_difference")
+    numbers = ("first_ms", "next_ms", "forward_ms", "backward_ms", "difference", "gradient_difference")
     lines += _table(rows, "attention", ("num_frames", "num_tokens", "way", *numbers))
     return "\n".join(lines)
 
