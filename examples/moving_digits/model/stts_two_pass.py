@@ -6,12 +6,16 @@ without the diagonal. Two passes of a causal kernel, merged by their log-sum-exp
 that are needed, in memory that grows with the number of tokens. Padding stands behind all tokens in both passes, where
 causality hides it. In the backward pass each kernel gets the merged output and log-sum-exp, which makes its gradients
 those of the whole attention.
+
+A kernel that plans for every new length gets few lengths to see: behind its tokens, each pass goes on to a multiple
+of a constant.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -22,6 +26,9 @@ IMPLEMENTATION = "sdpa_two_pass"
 # `scaled_dot_product_attention` itself does not return log-sum-exps; these are the operators it calls.
 aten = torch.ops.aten
 
+# What the number of tokens in a pass is a multiple of. For every new one cuDNN plans 55 to 90 ms (H100, torch 2.11).
+LENGTH_MULTIPLES = {"cudnn": 256, "flash": 1, "cpu": 1}
+
 
 class TokenLayout(NamedTuple):
     """
@@ -29,17 +36,19 @@ class TokenLayout(NamedTuple):
     tokens of all rows, one row after the other.
 
     kernel (`str`): what computes a pass, see `find_kernel`.
-    order (`torch.Tensor` of shape `(batch_size, sequence_length)`, int64): the tokens of each row, padding last;
-        `None` where they stand so already.
+    padded_length (`int`): tokens of a row in the first pass, `sequence_length` or more.
+    order (`torch.Tensor` of shape `(batch_size, padded_length)`, int64): the tokens of each row, padding last; `None`
+        where they stand so already.
     inverse_order (`torch.Tensor` of shape `(batch_size, sequence_length)`, int64): leads back.
-    vision_idx (`torch.Tensor` of shape `(batch_size, num_vision)`, int64): the vision tokens of each row from the last
-        to the first, among tokens in `order`, and behind them as many others as the longest row needs; `None` where no
-        row has two.
-    is_filler (`torch.Tensor` of shape `(batch_size, num_vision - 1)`, bool): which of `vision_idx[:, 1:]` are others;
-        `None` where none is.
+    vision_idx (`torch.Tensor` of shape `(batch_size, num_keys + 1)`, int64): the vision tokens of each row from the
+        last to the first, among tokens of the first pass; behind them as many others as the second pass needs; and the
+        first of all again. The second pass has all but the last as keys, all but the first as queries. `None` where
+        no row has two vision tokens.
+    is_filler (`torch.Tensor` of shape `(batch_size, num_keys)`, bool): which of the queries are to see nothing there.
     """
 
     kernel: str
+    padded_length: int
     order: torch.Tensor | None = None
     inverse_order: torch.Tensor | None = None
     vision_idx: torch.Tensor | None = None
@@ -85,31 +94,35 @@ def lay_out_tokens(
         `TokenLayout`, or `None` where the mask hides tokens between others, or a whole row.
     """
     batch_size, length = is_vision.shape
-    position = torch.arange(length, device=is_vision.device)
-    first_of_row = length * torch.arange(batch_size, device=is_vision.device)[:, None]
+    multiple = LENGTH_MULTIPLES[kernel]
+    padded_length = _round_up(length, multiple)
+    position = torch.arange(padded_length, device=is_vision.device)
+    row = torch.arange(batch_size, device=is_vision.device)[:, None]
     is_real = torch.ones_like(is_vision) if attention_mask is None else attention_mask.bool()
-    is_vision = is_vision & is_real
+    is_vision, is_real = (F.pad(flags, (0, padded_length - length)) for flags in (is_vision & is_real, is_real))
     num_before = is_real.byte().argmax(-1)
     num_behind = is_real.flip(-1).byte().argmax(-1)
-    num_hidden = length - is_real.sum(-1) - num_before - num_behind
+    num_hidden = padded_length - is_real.sum(-1) - num_before - num_behind
     counts = torch.stack([num_before, num_hidden, is_vision.sum(-1)]).tolist()
     if any(counts[1]):
         return None
 
     order = inverse_order = None
     if any(counts[0]):
-        order = (position + num_before[:, None]) % length
-        inverse_order = (position - num_before[:, None]) % length + first_of_row
-        is_vision, order = is_vision.gather(1, order), order + first_of_row
-    num_vision = max(counts[2])
-    if num_vision < 2:
-        return TokenLayout(kernel, order, inverse_order)
-    backwards = is_vision.flip(-1).byte().argsort(dim=-1, descending=True, stable=True)[:, :num_vision]
-    vision_idx = length - 1 - backwards + first_of_row
-    is_filler = None
-    if min(counts[2]) < num_vision:
-        is_filler = position[1:num_vision] >= is_vision.sum(-1, keepdim=True)
-    return TokenLayout(kernel, order, inverse_order, vision_idx, is_filler)
+        order = (position + num_before[:, None]) % padded_length
+        inverse_order = (position[:length] - num_before[:, None]) % padded_length + row * padded_length
+        is_vision, order = is_vision.gather(1, order), order.clamp(max=length - 1) + row * length
+    if max(counts[2]) < 2:
+        return TokenLayout(kernel, padded_length, order, inverse_order)
+    num_keys = _round_up(max(counts[2]), multiple)
+    backwards = is_vision.flip(-1).byte().argsort(dim=-1, descending=True, stable=True)[:, :num_keys]
+    vision_idx = padded_length - 1 - torch.cat([backwards, backwards[:, :1]], dim=1) + row * padded_length
+    is_filler = position[:num_keys] >= is_vision.sum(-1, keepdim=True) - 1
+    return TokenLayout(kernel, padded_length, order, inverse_order, vision_idx, is_filler)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def attend_in_two_passes(
@@ -127,11 +140,15 @@ def attend_in_two_passes(
     Returns:
         `torch.Tensor` of the query's shape. Padding has values without meaning.
     """
-    states = (query, key, value)
+    states, length = (query, key, value), query.shape[2]
     if layout.order is not None:
         states = [_take(tensor, layout.order) for tensor in states]
+    elif layout.padded_length > length:
+        states = [_pad(tensor, layout.padded_length) for tensor in states]
     output = _TwoPasses.apply(*states, layout.vision_idx, layout.is_filler, layout.kernel, scaling)
-    return output if layout.order is None else _take(output, layout.inverse_order)
+    if layout.order is not None:
+        return _take(output, layout.inverse_order)
+    return output.transpose(1, 2)[:, :length].transpose(1, 2)
 
 
 def _rows(states: torch.Tensor) -> torch.Tensor:
@@ -142,6 +159,13 @@ def _rows(states: torch.Tensor) -> torch.Tensor:
 def _take(states: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
     """The tokens at `idx`, of shape `(batch_size, num_taken)`, of states with heads before tokens."""
     return _rows(states)[idx.flatten()].unflatten(0, idx.shape).transpose(1, 2)
+
+
+def _pad(states: torch.Tensor, padded_length: int) -> torch.Tensor:
+    """The same states with zeros behind their tokens. Kernels multiply hidden values by 0, so these must be finite."""
+    tokens = states.transpose(1, 2)
+    batch_size, length, *heads = tokens.shape
+    return torch.cat([tokens, tokens.new_zeros(batch_size, padded_length - length, *heads)], dim=1).transpose(1, 2)
 
 
 def _tokens_first(states: torch.Tensor) -> torch.Tensor:
@@ -164,8 +188,7 @@ class _TwoPasses(torch.autograd.Function):
             states = _take(query, queries), _take(key, keys), _take(value, keys)
             later, lse_of_later, *_ = _causal_attention(kernel, *states, scaling)
             lse_so_far = _take(lse, queries)
-            if is_filler is not None:
-                lse_of_later = lse_of_later.masked_fill(is_filler[:, None], -torch.inf)
+            lse_of_later = lse_of_later.masked_fill(is_filler[:, None], -torch.inf)
             weight = (lse_of_later - lse_so_far).sigmoid()[..., None].to(output.dtype)
             output = _put(output, queries, torch.lerp(_take(output, queries), later, weight))
             if any(ctx.needs_input_grad):
@@ -181,10 +204,9 @@ class _TwoPasses(torch.autograd.Function):
         grads = _causal_attention_backward(*passed, grad_output, query, key, value, output, lse)
         if vision_idx is not None:
             queries, keys = vision_idx[:, 1:], vision_idx[:, :-1]
-            grad_output, lse = _take(grad_output, queries), _take(lse, queries)
-            if is_filler is not None:
-                grad_output.masked_fill_(is_filler[:, None, :, None], 0.0)
-                lse.masked_fill_(is_filler[:, None], torch.inf)
+            # `masked_fill_` of moved tokens is not compiled, `masked_fill` puts heads first.
+            grad_output = torch.where(is_filler[:, None, :, None], 0.0, _take(grad_output, queries))
+            lse = _take(lse, queries).masked_fill(is_filler[:, None], torch.inf)
             states = _take(query, queries), _take(key, keys), _take(value, keys), _take(output, queries)
             later = _causal_attention_backward(*passed, grad_output, *states, lse)
             grads = [
