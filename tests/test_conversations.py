@@ -35,6 +35,9 @@ def test_tokens_and_pixels_equal_those_of_the_processor(processor, name):
     written = ConversationWriter(processor).write(scene, frames, questions)
     newline = processor.tokenizer("\n", add_special_tokens=False)["input_ids"]
     assert expected["input_ids"][0].tolist() == written.input_ids + newline
+    padded = pad_left([written], 0, processor.image_token_ids)
+    length = len(written.input_ids)
+    assert torch.equal(padded["mm_token_type_ids"], expected["mm_token_type_ids"][:, :length])
     for key, value in frames_to_inputs(images).items():
         assert torch.equal(value, expected[key]), key
 
@@ -59,11 +62,11 @@ def test_the_processor_samples_the_same_frames(processor):
 
 
 def test_padding_by_hand():
-    padded = pad_left([Conversation([5, 9, 9], [-100, -100, 9]), Conversation([5], [5])], 0, 9)
+    padded = pad_left([Conversation([8, 9, 9], [-100, -100, 9]), Conversation([5], [5])], 0, [8, 9])
     assert {name: tensor.tolist() for name, tensor in padded.items()} == {
-        "input_ids": [[5, 9, 9], [0, 0, 5]],
+        "input_ids": [[8, 9, 9], [0, 0, 5]],
         "attention_mask": [[1, 1, 1], [0, 0, 1]],
-        "mm_token_type_ids": [[0, 1, 1], [0, 0, 0]],
+        "mm_token_type_ids": [[1, 1, 1], [0, 0, 0]],
         "labels": [[-100, -100, 9], [-100, -100, 5]],
     }
 
@@ -84,7 +87,7 @@ def test_a_batch_has_videos_of_one_length_that_fill_it(processor):
     for item in seen:
         num_videos, num_frames = item["layout"].jitter.shape[:2]
         assert num_videos == 128 // num_frames == len(item["input_ids"])
-        assert (item["mm_token_type_ids"].sum(1) == 36 * num_frames).all()
+        assert (item["mm_token_type_ids"].sum(1) == (36 + 2) * num_frames).all()
     assert {item["name"] for item in seen} == {"short", "long", "detail"}
     assert {item["prune_ratio"] for item in seen} == {0.3, 0.8}
 

@@ -52,7 +52,7 @@ def test_questions_that_share_a_video_get_the_logits_of_questions_alone(processo
             alone = pad_left(
                 [writer.write(sample.video.scene, sample.frames, [question])],
                 writer.pad_token_id,
-                writer.video_token_id,
+                writer.image_token_ids,
             )
             outputs = model(**alone, **frames_to_inputs(sample.images[None]), prune_ratio=ratio)
             is_answer = outputs.labels[0, 1:] >= 0

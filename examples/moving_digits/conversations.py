@@ -72,7 +72,7 @@ class Conversations(Dataset):
             "layout": lay_out(scenes, [frames] * len(scenes), "train"),
             "seed": i,
             "prune_ratio": float(rng.choice(self.prune_ratios)),
-            **pad_left(conversations, self.writer.pad_token_id, self.writer.video_token_id),
+            **pad_left(conversations, self.writer.pad_token_id, self.writer.image_token_ids),
         }
 
     def _draw_scenes(self, name: str, max_digits: int, rng: np.random.Generator) -> list[Scene]:
@@ -99,7 +99,8 @@ class ConversationWriter:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.pad_token_id = self.tokenizer.pad_token_id
-        self.video_token_id, self.frame_end_id = self.tokenizer.convert_tokens_to_ids(["<im_patch>", "<frame_end>"])
+        self.image_token_ids = processor.image_token_ids
+        self.frame_end_id = self.tokenizer.convert_tokens_to_ids("<frame_end>")
         self.prompts = {}
         self.ids = {}
 
@@ -154,8 +155,18 @@ def sampled_frames(scene: Scene, num_frames: int | None = None) -> np.ndarray:
     return np.arange(0, scene.num_frames, scene.num_frames / num_frames).astype(int)
 
 
-def pad_left(conversations: list[Conversation], pad_token_id: int, video_token_id: int) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask`, `mm_token_type_ids` and `labels` of shape `(num_conversations, longest)`."""
+def pad_left(
+    conversations: list[Conversation], pad_token_id: int, image_token_ids: list[int]
+) -> dict[str, torch.Tensor]:
+    """
+    `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels` of shape `(num_conversations, longest)`.
+
+    Args:
+        conversations (`list[Conversation]`).
+        pad_token_id (`int`): what stands before the shorter ones.
+        image_token_ids (`list[int]`): tokens of type 1, which see each other both ways: those of windows, and those
+            around a frame.
+    """
     longest = max(len(conversation.input_ids) for conversation in conversations)
     input_ids, labels = (
         torch.tensor([[padding] * (longest - len(ids)) + ids for ids in rows])
@@ -165,7 +176,7 @@ def pad_left(conversations: list[Conversation], pad_token_id: int, video_token_i
     return {
         "input_ids": input_ids,
         "attention_mask": (torch.arange(longest) >= longest - lengths[:, None]).long(),
-        "mm_token_type_ids": (input_ids == video_token_id).long(),
+        "mm_token_type_ids": torch.isin(input_ids, torch.tensor(image_token_ids)).long(),
         "labels": labels,
     }
 

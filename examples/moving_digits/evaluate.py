@@ -111,7 +111,7 @@ def write_prompts(samples: list[Sample], writer: ConversationWriter) -> SharedVi
         question_idx.append(torch.arange(len(parts)).repeat_interleave(torch.tensor(lengths)))
         starts = [0] + [end] * len(alone)
         position_ids.append(torch.cat([start + torch.arange(length) for start, length in zip(starts, lengths)]))
-    inputs = pad_left(conversations, writer.pad_token_id, writer.video_token_id)
+    inputs = pad_left(conversations, writer.pad_token_id, writer.image_token_ids)
     return SharedVideos(inputs, *(pad_sequence(rows, True, 0, "left") for rows in (question_idx, position_ids)))
 
 

@@ -57,7 +57,7 @@ class Pictures(Dataset):
             "layout": lay_out(scenes, [frame] * len(scenes), "train"),
             "seed": i,
             "window_labels": torch.from_numpy(labels),
-            **pad_left(conversations, self.writer.pad_token_id, self.writer.video_token_id),
+            **pad_left(conversations, self.writer.pad_token_id, self.writer.image_token_ids),
         }
 
 
