@@ -9,6 +9,7 @@ The default model stands in this repository. It knows videos of moving digits, a
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED, help="of the video that is made (default: %(default)s)")
     parser.add_argument("--num-frames", type=int, help="frames to sample; by default what the model's processor says")
     parser.add_argument("--prune-ratios", type=float, nargs="+", default=[0.0, 0.5, 0.8])
+    parser.add_argument("--save", type=Path, help="where to keep the video that is made")
     args = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -119,8 +121,13 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, folder: Path) -> None:
+    for ratio in args.prune_ratios:
+        if not 0 <= ratio < 1:
+            raise ValueError(f"A prune ratio must be at least 0 and less than 1, got {ratio}.")
     if args.video is None:
         video, question, answer = make_video(folder, args.seed)
+        if args.save is not None:
+            video = shutil.copy(video, args.save)
     else:
         video, question, answer = args.video, QUESTION, None
         if "://" not in video and not Path(video).is_file():

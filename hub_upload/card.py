@@ -49,7 +49,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 repo_id, revision = "{repo_id}", "{revision}"
 model = AutoModelForImageTextToText.from_pretrained(repo_id, revision=revision, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(repo_id, revision=revision, trust_remote_code=True)
-content = [{{"type": "video", "path": "clip.mp4"}}, {{"type": "text", "text": "What happens?"}}]
+content = [{{"type": "video", "path": "clip.mp4"}}, {{"type": "text", "text": "What happens in this video?"}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
     tokenize=True,

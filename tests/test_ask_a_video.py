@@ -17,9 +17,10 @@ def run(*args):
     return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=SCRIPT.parents[1])
 
 
-def test_answers_rightly_about_a_video_that_it_makes():
-    result = run()
+def test_answers_rightly_about_a_video_that_it_makes(tmp_path):
+    result = run("--save", tmp_path / "kept.mp4")
     assert result.returncode == 0, result.stderr
+    assert f"{tmp_path / 'kept.mp4'}: 32 frames" in result.stdout
     answer = re.search(r"^The right answer is (\d)\.$", result.stdout, re.MULTILINE)[1]
     assert "Which digit is " in result.stdout
     rows = ROW.findall(result.stdout)
@@ -42,6 +43,7 @@ def test_answers_about_a_file_of_the_user(clip, tiny_folder):
     ("given", "words"),
     [
         (["missing.mp4"], "missing.mp4 is not a file."),
+        (["--prune-ratios", "0", "1"], "A prune ratio must be at least 0 and less than 1, got 1.0."),
         (["--seed", "-1"], "The seed must be from 0 to 2147483647, got -1."),
     ],
 )

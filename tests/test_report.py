@@ -60,14 +60,32 @@ def test_kinds_count_equally():
 
 
 def test_claims_by_hand():
-    found = {claim.text: (round(claim.value, 3), claim.at_least) for claim in claims(Results(rows()))}
-    assert found["short: 50 % pruned against unpruned"] == (-1.5, -0.7)
-    assert found["short: STTS against random at 50 %"] == (19.0, 0.9)
-    assert found["detail: STTS against random at 80 %"] == (1.0, 2.3)
-    assert found["long: 128 frames pruned to the tokens of 64, against 64 unpruned"] == (2.0, 0.5)
+    found = {claim.text: (claim.differences, claim.at_least) for claim in claims(Results(rows()))}
+    assert found["short: 50 % pruned against unpruned"] == ([-1, -2], -0.7)
+    assert found["short: STTS against random at 50 %"] == ([19, 19], 0.9)
+    assert found["detail: STTS against random at 80 %"] == ([1, 1], 2.3)
+    assert found["long: stts, 128 frames pruned to the tokens of 64, against those unpruned"] == ([2], 0.5)
     assert not any("similarity" in text or "256" in text for text in found)
-    assert "(not shown; claimed: at least -0.7)" in str(Claim("a", -1.5, -0.7))
-    assert "(shown; " in str(Claim("a", 0.9, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("differences", "words"),
+    [
+        ([-1.5, -1.5, -1.5], "-1.50 points (not as claimed: at least +0.9)"),
+        ([0, 0.9, 1.8], "+0.90 points (as claimed: at least +0.9)"),
+        ([2.0], "+2.00 points (as claimed, but of 1 seeds only: at least +0.9)"),
+    ],
+)
+def test_a_verdict_needs_three_seeds(differences, words):
+    assert str(Claim("a", differences, 0.9)) == f"- a: {words}"
+
+
+@pytest.mark.parametrize("content", ["[]", "[1]", '{"a": 1}'])
+def test_other_files_are_no_results(content, tmp_path, monkeypatch):
+    (tmp_path / "results.json").write_text(content)
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "results.json")])
+    with pytest.raises(SystemExit, match="error: The results must have rows that evaluate.py wrote"):
+        main()
 
 
 def test_changed_settings_stand_apart():
@@ -84,7 +102,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     main()
     printed = capsys.readouterr().out
     assert "| detail | 0% |" in printed
-    assert "long, 80 % pruned: 40 % of kept windows touch a digit, 10 % of all do." in printed
+    kept = "long, 80 % pruned: 10 % of all windows touch a digit; of those kept by stts 40 %, random 40 %."
+    assert kept in printed
     assert Image.open(tmp_path / "plot.png").size == (1300, 400)
 
 
@@ -96,4 +115,4 @@ def test_a_missing_file_is_named(tmp_path, monkeypatch):
 
 def test_changed_settings_are_compared_with_unchanged_ones():
     found = [row("stts", 0.5, 79), row("stts", 0.5, 77, refill=True), row("stts", 0.8, 70, position_ids="compact")]
-    assert changed_settings(Results(found)) == ["- short: stts at 50%, 64 frames, with refill=True: -2.0 points"]
+    assert changed_settings(Results(found)) == ["- short: stts at 50%, 64 frames, with refill=True: -2.00 points"]

@@ -105,12 +105,12 @@ def build_benchmark(
         FileExistsError: if `out` exists.
         ValueError: if a number, the split or a seed is out of its range.
     """
+    most = MAX_SEED - first_seed + 1
     for name, count in num_videos.items():
-        if not 0 <= count <= MAX_SEED - first_seed:
-            raise ValueError(f"The number of {name} videos must be from 0 to {MAX_SEED - first_seed}, got {count}.")
-    tasks = [(name, split, first_seed + i) for name, count in num_videos.items() for i in range(count)]
-    for name in num_videos:
         draw_scene(name, split, first_seed)
+        if not 0 <= count <= most:
+            raise ValueError(f"The number of {name} videos must be from 0 to {most}, got {count}.")
+    tasks = [(name, split, first_seed + i) for name, count in num_videos.items() for i in range(count)]
     with new_folder(out) as folder:
         with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             written = pool.map(_write_one, [folder] * len(tasks), tasks, chunksize=4)

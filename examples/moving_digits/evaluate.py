@@ -286,10 +286,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         models = [parse_model(entry) for entry in args.models]
-    except ValueError as error:
+        videos = read_benchmark(args.benchmark)
+    except (OSError, ValueError) as error:
         parser.error(str(error))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    videos, samples, rows = read_benchmark(args.benchmark), {}, []
+    device, samples, rows = "cuda" if torch.cuda.is_available() else "cpu", {}, []
     for rule, seed, folder in tqdm(models, disable=not sys.stderr.isatty()):
         processor = Molmo2SttsProcessor.from_pretrained(folder)
         model = Molmo2SttsForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()
@@ -298,6 +298,7 @@ def main() -> None:
                 if (name, num_frames) not in samples:
                     chosen = [video for video in videos if video.scene.name == name]
                     samples[name, num_frames] = decode(chosen, processor, num_frames, args.workers)
+        torch.manual_seed(seed)  # of the windows that the random rule keeps
         results = evaluate_model(rule, model, ConversationWriter(processor), samples)
         rows += [{"rule": rule, "seed": seed, **row} for row in results]
         unfinished = args.results.with_suffix(".unfinished")

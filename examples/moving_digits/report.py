@@ -21,6 +21,7 @@ from scenes import SETS
 
 
 UNPRUNED = "unpruned"
+LEAST_SEEDS = 3  # for a verdict
 
 
 class Accuracy(NamedTuple):
@@ -47,9 +48,14 @@ class Results:
 
     Args:
         rows (`list[dict]`): what evaluate.py wrote.
+
+    Raises:
+        ValueError: if there are none, or others.
     """
 
     def __init__(self, rows: list[dict[str, Any]]):
+        if not rows or not all(isinstance(row, dict) and "questions" in row for row in rows):
+            raise ValueError("The results must have rows that evaluate.py wrote.")
         self.rows = rows
 
     def rules(self) -> list[str]:
@@ -92,11 +98,7 @@ class Results:
 
     def kept_share(self, rule: str, name: str, ratio: float) -> tuple[float, float] | None:
         """Percent of the windows, and of the kept ones, that touch a digit or where one was a frame before."""
-        counted = [
-            row["windows"]
-            for row in self.rows
-            if (row["rule"], row["set"], row["ratio"]) == (rule, name, ratio) and row["windows"].get("kept")
-        ]
+        counted = [row["windows"] for row in self.find(rule, name, ratio) if row["windows"].get("kept")]
         if not counted:
             return None
         total = {key: sum(windows.get(key, 0) for windows in counted) for key in counted[0]}
@@ -105,28 +107,33 @@ class Results:
 
 class Claim(NamedTuple):
     """
-    text (`str`): what is claimed. value (`float`): what was measured, in points. at_least (`float`): what it must be.
+    text (`str`): what is claimed.
+    differences (`list[float]`): what was measured, in points, one for each seed.
+    at_least (`float`): what their mean must be.
     """
 
     text: str
-    value: float
+    differences: list[float]
     at_least: float
 
     def __str__(self) -> str:
-        verdict = "shown" if self.value >= self.at_least else "not shown"
-        return f"- {self.text}: {self.value:+.1f} points ({verdict}; claimed: at least {self.at_least:+.1f})"
+        value = statistics.mean(self.differences)
+        verdict = "as claimed" if value >= self.at_least else "not as claimed"
+        if len(self.differences) < LEAST_SEEDS:
+            verdict += f", but of {len(self.differences)} seeds only"
+        return f"- {self.text}: {value:+.2f} points ({verdict}: at least {self.at_least:+.1f})"
 
 
-def difference(better: Accuracy | None, worse: Accuracy | None) -> float | None:
-    """Mean difference over the seeds that both have; `None` where there is none."""
+def differences(better: Accuracy | None, worse: Accuracy | None) -> list[float]:
+    """The difference of each seed that both have; none where one was not measured."""
     if better is None or worse is None:
-        return None
-    seeds = better.by_seed.keys() & worse.by_seed.keys()
-    return statistics.mean(better.by_seed[seed] - worse.by_seed[seed] for seed in seeds) if seeds else None
+        return []
+    seeds = sorted(better.by_seed.keys() & worse.by_seed.keys())
+    return [better.by_seed[seed] - worse.by_seed[seed] for seed in seeds]
 
 
 def claims(results: Results) -> list[Claim]:
-    """The paper's claims, as far as they were measured."""
+    """The paper's claims, and test-time scaling of every rule, as far as they were measured."""
     found = []
     for name in SETS:
         unpruned = results.accuracy(UNPRUNED, name, 0.0)
@@ -137,16 +144,14 @@ def claims(results: Results) -> list[Claim]:
             least = 2.3 if rule == "random" else 0.0
             pairs.append((f"STTS against {rule} at 80 %", "stts", 0.8, results.accuracy(rule, name, 0.8), least))
         for text, rule, ratio, other, least in pairs:
-            value = difference(results.accuracy(rule, name, ratio), other)
-            if value is not None:
-                found.append(Claim(f"{name}: {text}", value, least))
+            found.append(Claim(f"{name}: {text}", differences(results.accuracy(rule, name, ratio), other), least))
+    unpruned = results.accuracy(UNPRUNED, "long", 0.0)
     for num_frames in MORE_FRAMES:
-        scaled = results.accuracy("stts", "long", 1 - LONG_SAMPLE / num_frames, num_frames)
-        value = difference(scaled, results.accuracy(UNPRUNED, "long", 0.0))
-        if value is not None:
-            text = f"long: {num_frames} frames pruned to the tokens of {LONG_SAMPLE}, against {LONG_SAMPLE} unpruned"
-            found.append(Claim(text, value, 0.5))
-    return found
+        for rule in results.rules():
+            scaled = results.accuracy(rule, "long", 1 - LONG_SAMPLE / num_frames, num_frames)
+            text = f"long: {rule}, {num_frames} frames pruned to the tokens of {LONG_SAMPLE}, against those unpruned"
+            found.append(Claim(text, differences(scaled, unpruned), 0.5))
+    return [claim for claim in found if claim.differences]
 
 
 def table(results: Results, name: str) -> str:
@@ -186,10 +191,11 @@ def changed_settings(results: Results) -> list[str]:
     lines = []
     for rule, name, ratio, num_frames, *changes in sorted(settings):
         changed = results.accuracy(rule, name, ratio, num_frames, changes)
-        value = difference(changed, results.accuracy(rule, name, ratio, num_frames))
+        found = differences(changed, results.accuracy(rule, name, ratio, num_frames))
         fields = ", ".join(f"{field}={value}" for field, value in changes)
-        if value is not None:
-            lines.append(f"- {name}: {rule} at {ratio:.0%}, {num_frames} frames, with {fields}: {value:+.1f} points")
+        if found:
+            points = f"{statistics.mean(found):+.2f} points"
+            lines.append(f"- {name}: {rule} at {ratio:.0%}, {num_frames} frames, with {fields}: {points}")
     return lines
 
 
@@ -205,9 +211,12 @@ def report(results: Results) -> Iterable[str]:
         if unpruned is not None and unpruned.mean <= unpruned.chance:
             yield f"{name}: the unpruned model only guesses, so nothing that is said of this set means anything."
     for name in SETS:
-        shares = results.kept_share("stts", name, 0.8)
-        if shares is not None:
-            yield f"{name}, 80 % pruned: {shares[1]:.0f} % of kept windows touch a digit, {shares[0]:.0f} % of all do."
+        found = {rule: results.kept_share(rule, name, 0.8) for rule in results.rules()}
+        kept = [f"{rule} {shares[1]:.0f} %" for rule, shares in found.items() if shares is not None]
+        if kept:
+            everywhere = next(shares[0] for shares in found.values() if shares is not None)
+            lines = f"{name}, 80 % pruned: {everywhere:.0f} % of all windows touch a digit; of those kept by "
+            yield lines + ", ".join(kept) + "."
 
 
 def main() -> None:
@@ -217,11 +226,11 @@ def main() -> None:
     args = parser.parse_args()
     try:
         results = Results([row for path in args.results for row in json.loads(path.read_text())])
+        print("\n\n".join(report(results)))
+        if args.plot:
+            plot(results, args.plot)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print("\n\n".join(report(results)))
-    if args.plot:
-        plot(results, args.plot)
 
 
 if __name__ == "__main__":

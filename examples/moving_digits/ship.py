@@ -8,6 +8,7 @@ The card's figures come from `results` beside this file. The old folder stays wh
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -82,14 +83,16 @@ def main() -> None:
     parser.add_argument("source", type=Path, nargs="?", default=FOLDER, help="folder of a trained model")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix=".ship.", dir=HERE) as scratch:
-        new, old = Path(scratch, "model"), Path(scratch, "old")
+        new = Path(scratch, "model")
         try:
             print(make_folder(args.source, new))
         except (OSError, ValueError) as error:
             sys.exit(f"error: {error}")
+        old = FOLDER.with_name("model.old")
         if FOLDER.exists():
             FOLDER.rename(old)
         new.rename(FOLDER)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 if __name__ == "__main__":
