@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 
 VERSION = "0.1.0"
-TRANSFORMERS_RANGE = ">=5.20,<6"
+TRANSFORMERS_RANGE = ">=5.20,<5.24"
 
 logger = logging.get_logger(__name__)
 
