@@ -26,7 +26,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from .configuration_molmo2_stts import Molmo2SttsConfig
 from .configuration_stts import check_prune_ratio
 from .modeling_molmo2_stts_vision import Molmo2SttsAdapter, Molmo2SttsVisionModel, frame_chunks
-from .stts_generation import SttsGenerationMixin, remember_cut, remembered_cut
+from .stts_generation import CACHE, SttsGenerationMixin, remember_cut, remembered_cut
 from .stts_prompt import PromptCut, check_placeholders, cut_prompt
 from .stts_selection import PrunePlan, plan_pruning
 from .stts_two_pass import IMPLEMENTATION as TWO_PASS
@@ -492,6 +492,7 @@ class Molmo2SttsModel(Molmo2Model):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -505,6 +506,7 @@ class Molmo2SttsModel(Molmo2Model):
         Args:
             prune_ratio (`float` or `list[float]`, *optional*):
                 Fraction of windows to remove, one for all videos or one for each; the configuration's by default.
+            cache (`Cache`, *optional*): `past_key_values`, by its name in transformers 5.24 and later.
 
         Raises:
             ValueError: if the ratio is out of range, or the prompt does not fit its videos or the positions.
@@ -521,7 +523,7 @@ class Molmo2SttsModel(Molmo2Model):
             video_grids=video_grids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             mm_token_type_ids=mm_token_type_ids,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -531,8 +533,9 @@ class Molmo2SttsModel(Molmo2Model):
             # A mask of four dimensions is passed on as it is, where another would be made into a dense one.
             inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
             kwargs["token_layout"] = layout
+        inputs[CACHE] = inputs.pop("past_key_values")
         outputs = super().forward(**inputs, use_cache=use_cache, return_dict=True, **kwargs)
-        remember_cut(outputs.past_key_values, cut)
+        remember_cut(outputs.get(CACHE), cut)
         return Molmo2SttsModelOutputWithPast(
             **outputs,
             kept_token_idx=None if cut is None else cut.kept_token_idx,
@@ -639,6 +642,7 @@ class Molmo2SttsForConditionalGeneration(SttsGenerationMixin, Molmo2ForCondition
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -655,6 +659,7 @@ class Molmo2SttsForConditionalGeneration(SttsGenerationMixin, Molmo2ForCondition
         Args:
             prune_ratio (`float` or `list[float]`, *optional*):
                 Fraction of windows to remove, one for all videos or one for each; the configuration's by default.
+            cache (`Cache`, *optional*): `past_key_values`, by its name in transformers 5.24 and later.
 
         Raises:
             ValueError: if the ratio is out of range, or the prompt does not fit its videos or the positions.
@@ -671,16 +676,17 @@ class Molmo2SttsForConditionalGeneration(SttsGenerationMixin, Molmo2ForCondition
             video_grids=video_grids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             mm_token_type_ids=mm_token_type_ids,
             inputs_embeds=inputs_embeds,
             labels=labels,
             mm_encoder_outputs=mm_encoder_outputs,
         )
+        inputs[CACHE] = inputs.pop("past_key_values")
         outputs = super().forward(
             **inputs, use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=True, **kwargs
         )
-        remember_cut(outputs.past_key_values, cut)
+        remember_cut(outputs.get(CACHE), cut)
         outputs = Molmo2SttsCausalLMOutputWithPast(
             **outputs,
             kept_token_idx=None if cut is None else cut.kept_token_idx,
@@ -707,7 +713,7 @@ class Molmo2SttsForConditionalGeneration(SttsGenerationMixin, Molmo2ForCondition
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if model_inputs.get("attention_mask") is None and model_inputs.get("past_key_values") is None:
+        if model_inputs.get("attention_mask") is None and model_inputs.get(CACHE) is None:
             # Without mask and cache, transformers reads positions with gaps as several packed sequences.
             tokens = inputs_embeds if model_inputs.get("input_ids") is None else model_inputs["input_ids"]
             model_inputs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)

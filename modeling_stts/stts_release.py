@@ -9,13 +9,16 @@ from transformers.utils import logging
 
 
 VERSION = "0.1.0"
-TRANSFORMERS_RANGE = ">=5.20,<5.24"
+TRANSFORMERS_RANGE = ">=5.20,<6"
 
 logger = logging.get_logger(__name__)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+TRANSFORMERS = _numbers(transformers_version)
 
 
 def check_transformers(version: str) -> None:

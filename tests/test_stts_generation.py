@@ -8,6 +8,7 @@ from transformers.generation import LogitsProcessor, RepetitionPenaltyLogitsProc
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_stts.stts_generation import UncutStoppingCriteria
+from modeling_stts.stts_release import TRANSFORMERS
 
 
 VIDEO_NAMES = ("pixel_values_videos", "video_token_pooling", "video_grids")
@@ -208,7 +209,7 @@ def test_prefix_function_sees_the_original_prompt(model, kwargs):
 
     outputs = generate(model, inputs, num_new=3, prefix_allowed_tokens_fn=allow, **kwargs)
     assert set(outputs.sequences[:, LENGTH:].flatten().tolist()) <= {30, 31}
-    per_prompt = 2 if "do_sample" in kwargs else 1
+    per_prompt = 2 if "do_sample" in kwargs and TRANSFORMERS < (5, 24) else 1
     assert {row for row, _ in seen} == set(range(2 * per_prompt))
     assert all(ids == inputs["input_ids"][row // per_prompt].tolist() for row, ids in seen)
 

@@ -41,7 +41,14 @@ class Molmo2SttsConfig(Molmo2Config):
 
     model_type = "molmo2_stts"
     _auto_class = "AutoConfig"
-    keys_to_ignore_at_inference = ["past_key_values", "temporal_loss", "kept_token_idx", "image_hidden_states"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "cache",
+        "temporal_loss",
+        "kept_token_idx",
+        "image_hidden_states",
+        "image_outputs",
+    ]
     sub_configs_defaults = {**Molmo2Config.sub_configs_defaults, "stts_config": SubConfigSpec(config_class=SttsConfig)}
 
     # Set where the package registers its pipeline: `pipeline()` asks for `trust_remote_code` if it finds a custom one.

@@ -13,6 +13,11 @@ from transformers.utils import ModelOutput
 
 from .configuration_stts import check_prune_ratio
 from .stts_prompt import PromptCut
+from .stts_release import TRANSFORMERS
+
+
+# What transformers calls the cache among a model's inputs and outputs.
+CACHE = "cache" if TRANSFORMERS >= (5, 24) else "past_key_values"
 
 
 class UncutPrompt(NamedTuple):
@@ -180,6 +185,8 @@ class SttsGenerationMixin(GenerationMixin):
             check_prune_ratio(prune_ratio)
         if video_features is not None:
             kwargs["video_features"] = video_features
+        if kwargs.get("past_key_values") is not None:
+            kwargs[CACHE] = kwargs.pop("past_key_values")
         settings = _Settings(generation_config, self.generation_config, kwargs)
         if inputs is not None:
             kwargs["input_ids"] = inputs
@@ -199,14 +206,14 @@ class SttsGenerationMixin(GenerationMixin):
             streamer=streamer,
             **kwargs,
         )
-        remember_cut(getattr(outputs, "past_key_values", kwargs.get("past_key_values")), cut)
+        remember_cut(getattr(outputs, CACHE, kwargs.get(CACHE)), cut)
         return outputs if uncut is None else _restore_prompt(outputs, uncut)
 
     def _cut_for_generation(
         self, settings: "_Settings", prune_ratio: float | list[float] | None, kwargs: dict[str, Any]
     ) -> tuple[UncutPrompt | None, PromptCut | None]:
         """Encodes and cuts in place; returns the prompt to restore and the cut to remember, where there are any."""
-        earlier = remembered_cut(kwargs.get("past_key_values"))
+        earlier = remembered_cut(kwargs.get(CACHE))
         if earlier is not None:
             return self._cut_next_turn(earlier, settings, kwargs), None
         if kwargs.get("pixel_values_videos") is None and "video_features" not in kwargs:
@@ -238,7 +245,7 @@ class SttsGenerationMixin(GenerationMixin):
             return None, None
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = _infer_attention_mask(input_ids, kwargs.get("inputs_embeds"), settings)
-        attention_mask, cache = kwargs["attention_mask"], kwargs.get("past_key_values")
+        attention_mask, cache = kwargs["attention_mask"], kwargs.get(CACHE)
         cut_inputs, cut = self.cut_inputs(
             video.keep_masks,
             kwargs,
@@ -342,8 +349,9 @@ def _show_uncut_prefix(
 ) -> Callable | None:
     if prefix_allowed_tokens_fn is None:
         return None
-    # Beams of a prompt share its batch index; several sampled sequences of a prompt do not.
-    per_prompt = 1 if (settings["num_beams"] or 1) > 1 else settings["num_return_sequences"] or 1
+    # Beams of a prompt share its batch index; several sampled sequences of a prompt do so since transformers 5.24.
+    is_shared = TRANSFORMERS >= (5, 24) or (settings["num_beams"] or 1) > 1
+    per_prompt = 1 if is_shared else settings["num_return_sequences"] or 1
 
     def on_uncut_prefix(batch_id: int, input_ids: torch.Tensor) -> list[int]:
         prompt = uncut.input_ids[batch_id // per_prompt].to(input_ids.device)

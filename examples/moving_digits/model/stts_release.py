@@ -18,6 +18,9 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
+TRANSFORMERS = _numbers(transformers_version)
+
+
 def check_transformers(version: str) -> None:
     """
     Says in one line that a transformers is outside the range: a warning above it, an error below.
