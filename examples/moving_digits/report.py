@@ -137,14 +137,14 @@ def claims(results: Results) -> list[Claim]:
     found = []
     for name in SETS:
         unpruned = results.accuracy(UNPRUNED, name, 0.0)
-        pairs = [("50 % pruned against unpruned", "stts", 0.5, unpruned, -0.7)]
+        pairs = [("50 % pruned against unpruned", 0.5, unpruned, -0.7)]
         for rule in ("random", "similarity", "frame pairs", "uniform stride"):
             if rule == "random":
-                pairs.append((f"STTS against {rule} at 50 %", "stts", 0.5, results.accuracy(rule, name, 0.5), 0.9))
+                pairs.append((f"STTS against {rule} at 50 %", 0.5, results.accuracy(rule, name, 0.5), 0.9))
             least = 2.3 if rule == "random" else 0.0
-            pairs.append((f"STTS against {rule} at 80 %", "stts", 0.8, results.accuracy(rule, name, 0.8), least))
-        for text, rule, ratio, other, least in pairs:
-            found.append(Claim(f"{name}: {text}", differences(results.accuracy(rule, name, ratio), other), least))
+            pairs.append((f"STTS against {rule} at 80 %", 0.8, results.accuracy(rule, name, 0.8), least))
+        for text, ratio, other, least in pairs:
+            found.append(Claim(f"{name}: {text}", differences(results.accuracy("stts", name, ratio), other), least))
     unpruned = results.accuracy(UNPRUNED, "long", 0.0)
     for num_frames in MORE_FRAMES:
         for rule in results.rules():
