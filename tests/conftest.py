@@ -23,6 +23,12 @@ NUM_CLIP_FRAMES = 20
 CLIP_FPS = 4
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """Random weights and inputs of a test are the same in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A hub folder with the tiny random model. Read only: all tests share it."""

@@ -12,13 +12,9 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "ask_a_video.py"
 ROW = re.compile(r"^ +(\d+)% +(\d+) +(\d+) +\d+ +\d+  (.*)$", re.MULTILINE)
 
 
-def run(*args):
-    command = [sys.executable, SCRIPT, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=SCRIPT.parents[1])
-
-
 def test_answers_rightly_about_a_video_that_it_makes(tmp_path):
-    result = run("--save", tmp_path / "kept.mp4")
+    command = [sys.executable, SCRIPT, "--save", tmp_path / "kept.mp4"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"{tmp_path / 'kept.mp4'}: 32 frames" in result.stdout
     answer = re.search(r"^The right answer is (\d)\.$", result.stdout, re.MULTILINE)[1]
@@ -30,11 +26,13 @@ def test_answers_rightly_about_a_video_that_it_makes(tmp_path):
     assert [row[3] for row in rows] == [answer] * 3
 
 
-def test_answers_about_a_file_of_the_user(clip, tiny_folder):
-    result = run(clip, "--model", tiny_folder, "--num-frames", 4, "--prune-ratios", 0, 0.5, "--question", "What?")
-    assert result.returncode == 0, result.stderr
-    assert f"{clip}: 4 frames" in result.stdout and "right answer" not in result.stdout
-    (_, all_tokens, prompt, _), (_, kept, shorter, _) = ROW.findall(result.stdout)
+def test_answers_about_a_file_of_the_user(clip, tiny_folder, monkeypatch, capsys):
+    args = [clip, "--model", tiny_folder, "--num-frames", 4, "--prune-ratios", 0, 0.5, "--question", "What?"]
+    monkeypatch.setattr(sys, "argv", ["ask_a_video.py", *map(str, args)])
+    main()
+    printed = capsys.readouterr().out
+    assert f"{clip}: 4 frames" in printed and "right answer" not in printed
+    (_, all_tokens, prompt, _), (_, kept, shorter, _) = ROW.findall(printed)
     assert (all_tokens, kept) == ("324", "162")
     assert int(prompt) - int(shorter) == 162
 

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,26 +17,32 @@ from train import main, make_optimizer
 SCRIPT = Path(__file__).parents[1] / "examples" / "moving_digits" / "train.py"
 
 
-def train(out, *args, ok=True):
-    command = [sys.executable, SCRIPT, out, "--frames-per-batch", "2", "--workers", "0", "--warm-up-steps", "1", *args]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
-    assert (result.returncode == 0) == ok, result.stderr
-    return result
+def command(out, *args):
+    return list(map(str, [SCRIPT, out, "--workers", 0, "--warm-up-steps", 1, *args]))
+
+
+def train(out, *args):
+    with mock.patch.object(sys, "argv", command(out, *args)):
+        main()
+    return out / "final"
+
+
+LEARN_PICTURES = ("--stage", "pictures", "--frames-per-batch", 2, "--steps", 3)
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """A model after three steps on pictures, without interruption."""
-    folder = tmp_path_factory.mktemp("pictures") / "whole"
-    assert "finished" in train(folder, "--stage", "pictures", "--steps", 3).stdout
-    return folder / "final"
+    return train(tmp_path_factory.mktemp("pictures") / "whole", *LEARN_PICTURES)
 
 
-def test_an_interrupted_training_goes_on_to_the_same_weights(pictures, tmp_path):
+def test_an_interrupted_training_goes_on_to_the_same_weights(pictures, tmp_path, capsys):
     # Stops after its first step.
-    assert "stopped" in train(tmp_path / "cut", "--stage", "pictures", "--steps", 3, "--minutes", 1e-9).stdout
-    assert not (tmp_path / "cut" / "final").exists()
-    assert "finished" in train(tmp_path / "cut", "--stage", "pictures", "--steps", 3).stdout
+    assert not train(tmp_path / "cut", *LEARN_PICTURES, "--minutes", 1e-9).exists()
+    assert "stopped" in capsys.readouterr().out
+    in_a_fresh_process = [sys.executable, *command(tmp_path / "cut", *LEARN_PICTURES)]
+    result = subprocess.run(in_a_fresh_process, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0 and "finished" in result.stdout, result.stderr
     whole = load_file(pictures / "model.safetensors")
     cut = load_file(tmp_path / "cut" / "final" / "model.safetensors")
     assert whole.keys() == cut.keys()
@@ -49,25 +56,17 @@ def detail_seed():
     return next(seed for seed, batch in enumerate(batches) if batch["name"] == "detail")
 
 
-def test_the_training_of_a_rule_goes_on_with_the_weights_of_its_checkpoint(pictures, tmp_path, monkeypatch):
-    args = ["--init", pictures, "--steps", 1, "--frames-per-batch", 16, "--workers", 0, "--warm-up-steps", 1]
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [tmp_path / "out", *args, "--seed", detail_seed()])])
-    final = tmp_path / "out" / "final"
-    main()
-    trained = load_file(final / "model.safetensors")
-    shutil.rmtree(final)
-    main()  # no step is left
-    again = load_file(final / "model.safetensors")
-    assert all(torch.equal(weight, again[name]) for name, weight in trained.items())
-
-
-def test_a_rule_is_trained_from_trained_weights(pictures, tmp_path):
+def test_a_rule_is_trained_from_trained_weights_and_goes_on_with_those_of_its_checkpoint(pictures, tmp_path):
     args = ("--init", pictures, "--rule", "stts", "--steps", 1, "--frames-per-batch", 16, "--seed", detail_seed())
-    assert "finished" in train(tmp_path / "stts", *args).stdout
-    before, after = (load_file(folder / "model.safetensors") for folder in (pictures, tmp_path / "stts" / "final"))
+    final = train(tmp_path / "stts", *args)
+    before, after = (load_file(folder / "model.safetensors") for folder in (pictures, final))
     changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
     assert any("temporal_token_scorer" in name for name in changed)
     assert any("transformer.blocks" in name or "lm_head" in name for name in changed)
+    shutil.rmtree(final)
+    train(tmp_path / "stts", *args)  # no step is left
+    again = load_file(final / "model.safetensors")
+    assert all(torch.equal(weight, again[name]) for name, weight in after.items())
 
 
 @pytest.mark.parametrize("seed", [-1, 2**31])
