@@ -33,11 +33,11 @@ def main():
     arguments = parser.parse_args()
     arguments.folder.mkdir(exist_ok=True)
     readers = {"this package": read_by_seeking, "transformers, PyAV": read_natively}
-    if has_torchcodec():
+    files = {seconds: make_file(arguments.folder, seconds) for seconds in arguments.seconds}
+    if can_run_torchcodec(next(iter(files.values()))):
         readers["transformers, torchcodec"] = read_by_torchcodec
     print(f"| seconds | MB | frames | {' | '.join(readers)} |\n|{'---|' * (len(readers) + 3)}")
-    for seconds in arguments.seconds:
-        path = make_file(arguments.folder, seconds)
+    for seconds, path in files.items():
         for num_frames in arguments.num_frames:
             num_frames = min(num_frames, seconds * FPS)
             cells = measure(readers.values(), path, num_frames, arguments.repeat)
@@ -45,11 +45,13 @@ def main():
             print(f"| {seconds} | {size:.0f} | {num_frames} | {' | '.join(cells)} |", flush=True)
 
 
-def has_torchcodec():
+def can_run_torchcodec(path):
     try:
-        from torchcodec.decoders import VideoDecoder  # noqa: F401
+        from torchcodec.decoders import VideoDecoder
+
+        VideoDecoder(path)
     except (ImportError, OSError, RuntimeError):
-        # Not installed, or there is no FFmpeg for it.
+        # Not installed, or there is no FFmpeg for it, which it looks for when it is used.
         return False
     return True
 
