@@ -62,7 +62,7 @@ def make_batch(num_frames: int, config: Molmo2SttsConfig, device: str) -> dict[s
     return {
         "input_ids": ids,
         "labels": labels,
-        "mm_token_type_ids": (ids == config.image_patch_id).long(),
+        "mm_token_type_ids": F.pad(prompt["mm_token_type_ids"], (0, ANSWER)),
         "sample_idx": torch.ones_like(ids),
         "is_video": torch.tensor([True]),
         **{name: prompt[name] for name in ("pixel_values_videos", "video_token_pooling", "video_grids")},

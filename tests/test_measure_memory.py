@@ -35,6 +35,7 @@ def test_the_batch_is_one_of_the_collator(tmp_path):
     assert made.keys() == real.keys() - {"where", "skipped"}
     for name in ("pixel_values_videos", "video_token_pooling", "video_grids", "is_video"):
         assert made[name].shape == real[name].shape, name
+    assert made["mm_token_type_ids"].sum() == real["mm_token_type_ids"].sum()
     assert torch.equal(made["video_token_pooling"], real["video_token_pooling"])
 
 

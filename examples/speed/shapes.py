@@ -109,6 +109,7 @@ def make_inputs(
         config.frame_end_token_id,
     ]
     ids = torch.tensor([[1, *frame * num_frames, *[20] * NUM_QUESTION_TOKENS]] * batch_size, device=device)
+    image_token_ids = torch.tensor(frame[3:], device=device)
     windows = torch.arange(num_patches).view(rows, POOLED, rows, POOLED).permute(0, 2, 1, 3).reshape(rows**2, -1)
     frames = torch.arange(num_frames * batch_size).view(-1, 1, 1)
     generator = torch.Generator(device).manual_seed(0)
@@ -116,7 +117,7 @@ def make_inputs(
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == config.image_patch_id).long(),
+        "mm_token_type_ids": torch.isin(ids, image_token_ids).long(),
         "pixel_values_videos": torch.randn(shape, generator=generator, device=device),
         "video_token_pooling": (frames * num_patches + windows).flatten(0, 1).to(device),
         "video_grids": torch.tensor([[num_frames, rows, rows]] * batch_size),
