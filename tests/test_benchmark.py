@@ -58,6 +58,11 @@ def test_a_folder_that_exists_stays_as_it_is(folder):
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
+def test_a_parent_that_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="parent .*none does not exist"):
+        build_benchmark(tmp_path / "none" / "videos", {"short": 1})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -74,10 +74,13 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
 
     Raises:
         FileExistsError: if `out` exists.
+        FileNotFoundError: if its parent does not.
     """
     out = Path(out).absolute()
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists. The folder must be a new one; nothing is ever overwritten.")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"The folder's parent {out.parent} does not exist or is not a folder.")
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         folder = Path(scratch) / "unfinished"
         folder.mkdir()
@@ -103,6 +106,7 @@ def build_benchmark(
 
     Raises:
         FileExistsError: if `out` exists.
+        FileNotFoundError: if its parent does not.
         ValueError: if a number, the split or a seed is out of its range.
     """
     most = MAX_SEED - first_seed + 1
