@@ -8,7 +8,6 @@ The card's figures come from `results` beside this file. The old folder stays wh
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -88,11 +87,9 @@ def main() -> None:
             print(make_folder(args.source, new))
         except (OSError, ValueError) as error:
             sys.exit(f"error: {error}")
-        old = FOLDER.with_name("model.old")
         if FOLDER.exists():
-            FOLDER.rename(old)
+            FOLDER.rename(Path(scratch, "old"))
         new.rename(FOLDER)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 if __name__ == "__main__":
