@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from modeling_stts import (
 )
 
 from .folder import list_files
+from .new_folder import check_out, new_folder
 from .tiny import tiny_model, tiny_processor
 from .weight_files import is_finite, open_weights
 
@@ -92,16 +92,12 @@ def build_hub_folder(
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
     _check_finite(model)
-    _write_folder(out, model, processor, max_shard_size)
+    with new_folder(out) as folder:
+        # Both copy the code files that their classes reach, which are all of them.
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        processor.save_pretrained(folder)
+        finish_folder(folder)
     return out
-
-
-def check_out(out: Path) -> None:
-    """Raises a `FileExistsError` if a folder to make exists, and a `FileNotFoundError` if its parent does not."""
-    if os.path.lexists(out):
-        raise FileExistsError(f"{out} exists. The output folder must be a new one; nothing is ever overwritten.")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"The output folder's parent {out.parent} does not exist or is not a folder.")
 
 
 def model_type(source: Path) -> str:
@@ -268,24 +264,9 @@ def _check_finite(model: Molmo2SttsForConditionalGeneration) -> None:
             raise ValueError(f"{name} has values that are not finite (NaN or infinite).")
 
 
-def _write_folder(
-    out: Path,
-    model: Molmo2SttsForConditionalGeneration,
-    processor: Molmo2SttsProcessor,
-    max_shard_size: int | str,
-) -> None:
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        # A folder inside the temporary one, which only its owner may read.
-        folder = Path(scratch) / "folder"
-        # Both copy the code files that their classes reach, which are all of them.
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        processor.save_pretrained(folder)
-        finish_folder(folder, out)
-
-
-def finish_folder(folder: Path, out: Path) -> None:
+def finish_folder(folder: Path) -> None:
     """
-    Moves a complete folder to its place.
+    Lets everybody read a complete folder.
 
     Raises:
         ValueError: if it holds something that is not on the allow-list.
@@ -293,7 +274,6 @@ def finish_folder(folder: Path, out: Path) -> None:
     for path in list_files(folder):
         # Weights are written for their owner alone.
         path.chmod(0o644)
-    os.rename(folder, out)
 
 
 __all__ = ["build_hub_folder"]

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
@@ -27,7 +26,6 @@ from .build import (
     SCORER_PREFIX,
     SCORER_SEED,
     check_keys,
-    check_out,
     finish_folder,
     load_config,
     load_processor,
@@ -35,6 +33,7 @@ from .build import (
 )
 from .folder import CODE_FILES, PACKAGE
 from .native_config import CONFIG_FILE, apply_preprocessing, convert_config, is_pruned, read_native_config
+from .new_folder import check_out, new_folder
 from .weight_files import TensorSpec, WeightFile, is_finite, open_weights
 
 
@@ -140,16 +139,14 @@ def convert(
     else:
         checkpoint = _read_released(source, processor, stts)
     pieces, rows = _plan(checkpoint, source, dtype)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        folder = Path(scratch) / "folder"
-        folder.mkdir()
+    with new_folder(out) as folder:
         _write_weights(folder, pieces, checkpoint.config.dtype, max_shard_size)
         checkpoint.config.save_pretrained(folder)
         checkpoint.generation_config.save_pretrained(folder)
         checkpoint.processor.save_pretrained(folder)
         for name in CODE_FILES:
             shutil.copyfile(PACKAGE / name, folder / name)
-        finish_folder(folder, out)
+        finish_folder(folder)
     return Conversion(out, rows)
 
 

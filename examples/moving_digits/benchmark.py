@@ -9,10 +9,7 @@ import argparse
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +19,8 @@ import torch
 from render import Renderer, lay_out
 from scenes import MAX_SEED, SETS, SPLITS, Question, Scene, draw_questions, draw_scene
 from tqdm import tqdm
+
+from hub_upload.new_folder import new_folder
 
 
 FIRST_CRF, LAST_CRF = 30, 16  # H.264's constant rate factor at the lowest and the highest quality of a scene
@@ -62,30 +61,6 @@ def write_video(path: str | os.PathLike, scene: Scene, split: str) -> None:
         for frame in frames.permute(0, 2, 3, 1).contiguous().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-
-
-@contextmanager
-def new_folder(out: str | os.PathLike) -> Iterator[Path]:
-    """
-    A folder that gets its name when everything in it is written; if that fails, nothing of it is left.
-
-    Args:
-        out (`str` or `os.PathLike`): the folder to make. It must not exist, but its parent must.
-
-    Raises:
-        FileExistsError: if `out` exists.
-        FileNotFoundError: if its parent does not.
-    """
-    out = Path(out).absolute()
-    if os.path.lexists(out):
-        raise FileExistsError(f"{out} exists. The folder must be a new one; nothing is ever overwritten.")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"The folder's parent {out.parent} does not exist or is not a folder.")
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        folder = Path(scratch) / "unfinished"
-        folder.mkdir()
-        yield folder
-        os.rename(folder, out)
 
 
 def build_benchmark(

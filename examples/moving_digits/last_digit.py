@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmark import Video, build_benchmark, new_folder, read_benchmark
+from benchmark import Video, build_benchmark, read_benchmark
 from scenes import SPLITS
+
+from hub_upload.new_folder import new_folder
 
 
 QUESTION = "Which digit appears last?"
