@@ -407,10 +407,13 @@ class Molmo2SttsModel(Molmo2Model):
     ) -> tuple[dict[str, Any], Molmo2SttsVideoFeatures | None, PromptCut | None]:
         """
         Replaces a raw video in the arguments of `forward` by its kept features and cuts the rest to them. Arguments
-        without a raw video are left alone, and those that the native model refuses are left for it to refuse.
+        without a raw video are left alone, and those that the native model refuses are left for it to refuse. The
+        cache gets the name that this transformers gives it.
         """
         if prune_ratio is not None:
             check_prune_ratio(prune_ratio)
+        past_key_values, cache = inputs.pop("past_key_values"), inputs.pop("cache")
+        cache = inputs[CACHE] = cache if past_key_values is None else past_key_values
         prompt = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
         beside = (inputs["pixel_values"], inputs["mm_encoder_outputs"])
         if inputs["pixel_values_videos"] is None or prompt is None or any(other is not None for other in beside):
@@ -418,7 +421,6 @@ class Molmo2SttsModel(Molmo2Model):
         names = ("pixel_values_videos", "video_token_pooling", "video_grids")
         video = self.get_video_features(*(inputs[name] for name in names), prune_ratio, return_dict=True)
         inputs = inputs | dict.fromkeys(names) | {"mm_encoder_outputs": {"video": video}}
-        cache = inputs["past_key_values"]
         # A cache that was reset forgets its cut here, whatever fills it now.
         remembered_cut(cache)
         if video.num_pruned == 0:
@@ -437,11 +439,11 @@ class Molmo2SttsModel(Molmo2Model):
         is_original = self.config.stts_config.position_ids == "original"
         if inputs["position_ids"] is not None or not is_original:
             return inputs["position_ids"]
-        earlier = remembered_cut(inputs["past_key_values"])
+        earlier = remembered_cut(inputs[CACHE])
         if earlier is None:
             return None
         tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
-        first = inputs["past_key_values"].get_seq_length() + earlier.num_removed
+        first = inputs[CACHE].get_seq_length() + earlier.num_removed
         return torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
 
     def _token_layout(self, inputs: dict[str, Any]) -> TokenLayout | None:
@@ -453,7 +455,7 @@ class Molmo2SttsModel(Molmo2Model):
             return None
         fits = token_types.shape == shape and (attention_mask is None or attention_mask.shape == shape)
         # Without mask and cache, positions with gaps mean several packed sequences.
-        is_packed = attention_mask is None and inputs["position_ids"] is not None and inputs["past_key_values"] is None
+        is_packed = attention_mask is None and inputs["position_ids"] is not None and inputs[CACHE] is None
         has_dropout = self.training and config.attention_dropout > 0
         if not fits or is_packed or has_dropout or not self._is_prefill(inputs):
             return None
@@ -471,7 +473,7 @@ class Molmo2SttsModel(Molmo2Model):
     @staticmethod
     def _is_prefill(inputs: dict[str, Any]) -> bool:
         """Whether the tokens fill an empty cache or none, and so natively that images and frames see each other."""
-        cache = inputs["past_key_values"]
+        cache = inputs[CACHE]
         if cache is None or not cache.is_initialized:
             return True
         raw = (inputs["pixel_values"], inputs["pixel_values_videos"])
@@ -523,7 +525,8 @@ class Molmo2SttsModel(Molmo2Model):
             video_grids=video_grids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache if past_key_values is None else past_key_values,
+            past_key_values=past_key_values,
+            cache=cache,
             mm_token_type_ids=mm_token_type_ids,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -533,7 +536,6 @@ class Molmo2SttsModel(Molmo2Model):
             # A mask of four dimensions is passed on as it is, where another would be made into a dense one.
             inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
             kwargs["token_layout"] = layout
-        inputs[CACHE] = inputs.pop("past_key_values")
         outputs = super().forward(**inputs, use_cache=use_cache, return_dict=True, **kwargs)
         remember_cut(outputs.get(CACHE), cut)
         return Molmo2SttsModelOutputWithPast(
@@ -676,13 +678,13 @@ class Molmo2SttsForConditionalGeneration(SttsGenerationMixin, Molmo2ForCondition
             video_grids=video_grids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache if past_key_values is None else past_key_values,
+            past_key_values=past_key_values,
+            cache=cache,
             mm_token_type_ids=mm_token_type_ids,
             inputs_embeds=inputs_embeds,
             labels=labels,
             mm_encoder_outputs=mm_encoder_outputs,
         )
-        inputs[CACHE] = inputs.pop("past_key_values")
         outputs = super().forward(
             **inputs, use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=True, **kwargs
         )
