@@ -24,7 +24,7 @@ CLIP_FPS = 4
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def fixed_seed():
     """Random weights and inputs of a test are the same in every run."""
     torch.manual_seed(0)
 

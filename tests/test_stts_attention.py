@@ -38,7 +38,6 @@ def test_key_bias_and_gradients_equal_the_naive_twin():
 
 
 def test_bool_mask_of_segments_equals_attention_segment_by_segment():
-    torch.manual_seed(0)
     lengths = [9, 18, 27]
     query, key, value = torch.randn(3, 1, 2, 54, 8)
     segment = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
@@ -70,7 +69,6 @@ def test_segments_are_for_half_precision_on_cuda_only():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lengths", [[729, 9, 360], [0, 81, 0, 0, 9], [5]])
 def test_varlen_equals_per_frame_attention(dtype, lengths):
-    torch.manual_seed(0)
     states = torch.randn(3, 1, 4, sum(lengths), 72, device="cuda", dtype=dtype, requires_grad=True)
     cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
     assert can_attend_in_segments(states)

@@ -5,7 +5,6 @@ from modeling_stts.stts_scorer import SttsScorer
 
 
 def test_scores_and_gradients_equal_the_naive_twin():
-    torch.manual_seed(0)
     scorer = SttsScorer(hidden_size=16, num_heads=2, head_dim=8, intermediate_size=12).double()
     frames = torch.randn(3, 729, 16, dtype=torch.double, requires_grad=True)
     windows = frames[:, torch.cat(window_patches())].unflatten(1, (81, 9))
@@ -20,7 +19,6 @@ def test_scores_and_gradients_equal_the_naive_twin():
 
 
 def test_a_score_depends_on_this_frame_and_the_one_before_only():
-    torch.manual_seed(0)
     scorer = SttsScorer(hidden_size=16, num_heads=2, head_dim=8, intermediate_size=12)
     windows = torch.randn(4, 81, 9, 16)
     changed = windows.clone()
@@ -37,7 +35,6 @@ def test_half_precision_gives_float32_scores():
 
 
 def test_videos_never_see_each_other():
-    torch.manual_seed(0)
     scorer = SttsScorer(hidden_size=16, num_heads=2, head_dim=8, intermediate_size=12)
     windows = torch.randn(6, 4, 9, 16)
     together = scorer(windows, [3, 1, 2])

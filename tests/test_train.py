@@ -56,9 +56,10 @@ def detail_seed():
     return next(seed for seed, batch in enumerate(batches) if batch["name"] == "detail")
 
 
-def test_a_rule_is_trained_from_trained_weights_and_goes_on_with_those_of_its_checkpoint(pictures, tmp_path):
+def test_a_rule_is_trained_from_trained_weights_and_goes_on_with_those_of_its_checkpoint(pictures, tmp_path, capsys):
     args = ("--init", pictures, "--rule", "stts", "--steps", 1, "--frames-per-batch", 16, "--seed", detail_seed())
     final = train(tmp_path / "stts", *args)
+    assert "finished" in capsys.readouterr().out
     before, after = (load_file(folder / "model.safetensors") for folder in (pictures, final))
     changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
     assert any("temporal_token_scorer" in name for name in changed)

@@ -81,7 +81,6 @@ def test_a_missing_scorer_is_announced_by_name(model, tmp_path, caplog):
 
 
 def test_a_fresh_scorer_has_the_references_spread():
-    torch.manual_seed(0)
     config = Molmo2SttsConfig(
         vision_config={"num_hidden_layers": 8, "hidden_size": 256, "head_dim": 16, "intermediate_size": 512},
         adapter_config={"vision_feature_layer": [7, 5], "hidden_size": 256, "head_dim": 16, "text_hidden_size": 32},
