@@ -19,7 +19,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from speed.cells import Candidate, Runs, measure_attention, measure_decoding, measure_prefill, measure_training
+from speed.cells import (
+    Candidate,
+    Runs,
+    measure_attention,
+    measure_compiled_prefill,
+    measure_decoding,
+    measure_prefill,
+    measure_training,
+)
 from speed.shapes import SIZES, build_models
 from speed.tables import plot, to_markdown
 from speed.timing import matmul_tflops
@@ -98,7 +106,7 @@ def plan(args, device, native, stts):
         for n in [n for n in short if n * batch_size <= 512]:
             add("prefill", f"{n} frames, batch {batch_size}", measure_prefill, candidates, n, batch_size, device, few)
     pruned, compiled = (Candidate("stts", stts, 0.5, is_compiled) for is_compiled in (False, True))
-    add("compile", "prefill", measure_prefill, [pruned, compiled], frames[0], 1, device, runs)
+    add("compile", "prefill", measure_compiled_prefill, [pruned, compiled], frames[0], 1, device, runs)
     longest_short = max(n for n in frames if n <= max(128, frames[0]))
     decoders = [compiled._replace(prune_ratio=0.0), compiled]
     add("compile", "decoding", measure_decoding, decoders, longest_short, 48, device, rounds._replace(most=1))

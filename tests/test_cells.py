@@ -39,6 +39,13 @@ def test_a_candidate_out_of_memory_is_recorded_and_the_others_go_on():
     assert rows[1]["num_runs"] == 2 and calls == ["native", "stts", "native", "stts", "stts"]
 
 
+def test_memory_that_was_left_is_given_back_before_candidates_run(monkeypatch):
+    order = []
+    monkeypatch.setattr(cells, "_free", lambda device: order.append("free"))
+    run_in_turns([Candidate("stts", None)], lambda candidate: order.append("run") or {"ms": 0.0}, CPU, Runs(0, 1, 1))
+    assert order == ["free", "run"]
+
+
 def test_a_failure_is_recorded_in_its_own_words():
     def run(candidate):
         raise RuntimeError("no kernel")

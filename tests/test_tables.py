@@ -30,6 +30,8 @@ ROWS = [
     prefill("stts", 0.5, 128, 90.0),
 ]
 OTHERS = [
+    prefill("stts", 0.5, 64, 50.0, kind="compiled prefill"),
+    prefill("stts", 0.5, 64, 30.0, kind="compiled prefill", is_compiled=True),
     {"kind": "decoding", "num_frames": 64, "batch_size": 1, "candidate": "native", "prune_ratio": 0.0}
     | {"is_compiled": True, "tokens_per_second_at_first": 8.5, "tokens_per_second": 31.25},
     {"kind": "attention", "num_frames": 64, "num_tokens": 5461, "way": "sdpa", "first_ms": 1.5, "next_ms": 1.4}
@@ -59,6 +61,9 @@ def test_tables_of_fixed_results():
     # 7e12 operations in 40 ms are 175 TFLOP/s.
     assert "| 64 | stts | 0.5 | 1 | 2 | 40 | 5 | 7 | 0.219 |" in lines
     assert "| 128 | native | 0 | - | - | out of memory | - | 10 | - |" in lines
+    # Compiled runs, and those beside them, stand in a table of their own.
+    start = lines.index("Prefill, compiled and not: in detail") + 4
+    assert [line.split(" | ")[1:6:4] for line in lines[start : start + 2]] == [["stts", "50"], ["stts, compiled", "30"]]
     assert "| 64 | native, compiled | 0 | 8.5 | 31.2 |" in lines
     assert "| 64 | 5461 | sdpa | 1.5 | 1.4 | 1 | 2 | 0 | 0 |" in lines
 

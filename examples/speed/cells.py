@@ -98,6 +98,8 @@ def run_in_turns(
     Returns:
         `list[dict]`: for each candidate medians of its numbers, `peak_bytes` (on CUDA) and `num_runs`, or `error`.
     """
+    # cuDNN needs memory that torch does not hold.
+    _free(device)
     results, errors, peaks, start = [[] for _ in candidates], {}, {}, time.monotonic()
     for round_idx in range(runs.warm_up + runs.most):
         if round_idx >= runs.warm_up + runs.least and time.monotonic() - start > runs.seconds:
@@ -159,6 +161,11 @@ def measure_prefill(
         parts = prefill_flops(config, num_frames, text, row["prune_ratio"])
         row["flops"] = {part: batch_size * flops for part, flops in parts.items()}
     return [{"kind": "prefill", "num_frames": num_frames, "batch_size": batch_size} | row for row in rows]
+
+
+def measure_compiled_prefill(*args) -> list[dict[str, Any]]:
+    """As `measure_prefill`, in rows of another kind: they are compared with one another alone."""
+    return [row | {"kind": "compiled prefill"} for row in measure_prefill(*args)]
 
 
 def _prefill_once(candidate: Candidate, inputs: dict[str, torch.Tensor], device: torch.device) -> dict[str, float]:

@@ -35,6 +35,9 @@ def to_markdown(results: dict[str, Any]) -> str:
                 lines += ["", f"{title}: milliseconds, and how many times faster than {name}", ""]
                 lines += _speed_ups(plain, base, name)
             lines += ["", f"{title}: in detail", "", *_details(chosen, about["matmul_tflops"])]
+    compiled = [row for row in rows if row["kind"] == "compiled prefill"]
+    if compiled:
+        lines += ["", "Prefill, compiled and not: in detail", "", *_details(compiled, about["matmul_tflops"])]
     rates = ("tokens_per_second_at_first", "tokens_per_second")
     lines += _table(rows, "decoding", ("num_frames", "candidate", "prune_ratio", *rates))
     numbers = ("first_ms", "next_ms", "forward_ms", "backward_ms", "difference", "gradient_difference")
