@@ -116,7 +116,7 @@ def lay_out_tokens(
         order = (position + num_before[:, None]) % padded_length
         if any(counts[0]):
             inverse_order = (position[:length] - num_before[:, None]) % padded_length + row * padded_length
-        # What fills up the row is a copy of its last token: kernels multiply what is hidden by 0, so it must be finite.
+        # What fills a row up are copies of its last token: kernels multiply what is hidden by 0, so it must be finite.
         is_vision, order = is_vision.gather(1, order), order.clamp(max=length - 1) + row * length
         moved_idx = order.flatten()
     if max(counts[2]) < 2:
