@@ -303,6 +303,20 @@ def _can_decode_without_plan(query: torch.Tensor, key: torch.Tensor, value: torc
     return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, is_grouped))
 
 
+def _can_group_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor
+) -> bool:
+    """
+    Whether there is a kernel for a mask and fewer heads of keys and values than of queries: cuDNN. For the others
+    `sdpa` copies keys and values for every head of the queries. Without gradients, of which cuDNN's are not relied on.
+    """
+    if query.shape[2] == 1 or query.shape[1] == key.shape[1] or not query.is_cuda or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value)):
+        return False
+    return can_use_cudnn_attention(SDPAParams(query, key, value, attention_mask, 0.0, False, True))
+
+
 def two_pass_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -315,12 +329,17 @@ def two_pass_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """
     An attention function of transformers: `sdpa`, except in calls whose model passes on a `token_layout`, which is for
-    prompts that fill an empty cache (or none) and have no dropout, and for single tokens that see all of a cache.
+    prompts that fill an empty cache (or none) and have no dropout; for single tokens that see all of a cache; and
+    where a kernel takes a mask without copies of keys and values.
     """
-    if token_layout is None:
-        if attention_mask is None and not kwargs.get("dropout") and _can_decode_without_plan(query, key, value):
+    if token_layout is None and not kwargs.get("dropout"):
+        if attention_mask is None and _can_decode_without_plan(query, key, value):
             output, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scaling)
             return output.transpose(1, 2), None
+        if attention_mask is not None and _can_group_heads(query, key, value, attention_mask):
+            output = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling, enable_gqa=True)
+            return output.transpose(1, 2), None
+    if token_layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     # A static cache returns room for tokens to come.
     states = (query, *(states[:, :, : query.shape[2]] for states in (key, value)))

@@ -253,6 +253,33 @@ def test_a_decoding_step_needs_no_plan(monkeypatch, change, is_flash):
     assert output.shape == (2, 1, 4, 64) if is_flash else output == "sdpa"
 
 
+@pytest.mark.parametrize(
+    ("change", "is_grouped"),
+    [
+        ({}, True),
+        ({"num_queries": 7}, True),
+        ({"num_queries": 1}, False),
+        ({"num_heads": 2}, False),
+        ({"device": "cpu"}, False),
+        ({"requires_grad": True}, False),
+        ({"dropout": 0.1}, False),
+    ],
+    ids=str,
+)
+def test_a_mask_needs_no_copies_of_keys_and_values(monkeypatch, change, is_grouped):
+    monkeypatch.setattr(stts_two_pass, "can_use_cudnn_attention", lambda params: True)
+    monkeypatch.setattr(stts_two_pass, "sdpa_attention_forward", lambda *args, **kwargs: ("sdpa", None))
+    call = {"num_queries": 5, "num_heads": 4, "device": "cuda", "requires_grad": False, "dropout": 0.0} | change
+    heads, lengths = (call["num_heads"], 2, 2), (call["num_queries"], 7, 7)
+    with FakeTensorMode():
+        options = {"device": call["device"], "dtype": torch.bfloat16}
+        states = [torch.empty(2, heads, length, 64, **options) for heads, length in zip(heads, lengths)]
+        states[2].requires_grad_(call["requires_grad"])
+        mask = torch.zeros(2, 1, call["num_queries"], 7, **options)
+        output, _ = two_pass_attention_forward(torch.nn.Module(), *states, mask, dropout=call["dropout"])
+    assert output.shape == (2, call["num_queries"], 4, 64) if is_grouped else output == "sdpa"
+
+
 def heads_first(states):
     return states.contiguous()
 
@@ -354,3 +381,17 @@ def test_a_hopper_gpu_uses_cudnn_and_others_flash():
     expected = "cudnn" if torch.cuda.get_device_capability() >= (9, 0) else "flash"
     assert find_kernel(torch.device("cuda"), torch.bfloat16, 32, 8, 128) == expected
     assert find_kernel(torch.device("cuda"), torch.float32, 32, 8, 128) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_queries", [700, 5])
+def test_a_mask_on_cuda_needs_no_copies_of_keys_and_values(num_queries):
+    query, key, value = random_states(2, 700, 8, 2, 128, device="cuda")
+    states = [tensor.detach().bfloat16() for tensor in (query[:, :, -num_queries:], key, value)]
+    seen = torch.rand(2, 1, num_queries, 700, device="cuda") < 0.7
+    mask = torch.where(seen, 0.0, -torch.inf).bfloat16()
+    assert stts_two_pass._can_group_heads(*states, mask) == (torch.cuda.get_device_capability() >= (9, 0))
+    output, _ = two_pass_attention_forward(torch.nn.Module(), *states, mask, scaling=0.1)
+    exact = [tensor.double() for tensor in states]
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, attn_mask=seen, scale=0.1, enable_gqa=True)
+    assert (output.transpose(1, 2).double() - expected).norm() / expected.norm() < 1e-2
