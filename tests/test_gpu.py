@@ -19,6 +19,8 @@ from modeling_stts import (
     Molmo2SttsModel,
     Molmo2SttsVideoProcessor,
 )
+from modeling_stts.stts_attention import MAX_BATCH_SIZE
+from modeling_stts.stts_scorer import SttsScorer
 
 
 pytestmark = pytest.mark.gpu
@@ -142,6 +144,15 @@ def test_2048_frames_at_80_percent_on_80_gb():
     assert torch.isfinite(features).all() and torch.isfinite(outputs.logits).all()
     assert vision_peak < 30 * 2**30
     assert peak < 74 * 2**30
+
+
+def test_more_windows_than_one_batch_of_attention_takes():
+    scorer = SttsScorer(64, 4, 16, 64).cuda().bfloat16()
+    windows = torch.randn(MAX_BATCH_SIZE // 81 + 2, 81, 9, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        scores, first = scorer(windows, [len(windows)]), scorer(windows[:10], [10])
+    torch.testing.assert_close(scores[:10], first)
+    assert scores.shape == windows.shape[:2] and scores.isfinite().all()
 
 
 def test_bfloat16_features_are_near_float32(real_vit):

@@ -20,6 +20,7 @@ from transformers import (
 
 import modeling_stts.modeling_molmo2_stts as modeling
 import modeling_stts.modeling_molmo2_stts_vision as vision_tower
+import modeling_stts.stts_scorer as stts_scorer
 import modeling_stts.stts_two_pass as stts_two_pass
 from hub_upload.tiny import tiny_config, tiny_model, tiny_processor
 from modeling_stts import SttsConfig
@@ -236,6 +237,20 @@ def test_unpruned_videos_in_chunks_equal_native_molmo2(model):
         native = native_twin(model).get_video_features(**videos_of(inputs), return_dict=True)
     torch.testing.assert_close(ours.pooler_output, native.pooler_output, atol=1e-4, rtol=1e-4)
     assert ours.hidden_states is None and ours.num_pruned == 0
+
+
+@pytest.mark.parametrize("prune_ratio", [0.0, 0.5])
+def test_no_batch_of_windows_is_larger_than_attention_takes(monkeypatch, prune_ratio):
+    model, inputs = lively_model(), videos_of(video_inputs((4, 1, 2)))
+    expected = model.get_video_features(**inputs, prune_ratio=prune_ratio)
+    most, batch_sizes = 2 * NUM_WINDOWS + 1, []
+    for module in (modeling, stts_scorer):
+        monkeypatch.setattr(module, "MAX_BATCH_SIZE", most)
+    for pooler in (model.model.vision_tower.scorer.window_pooler, model.model.multi_modal_projector.image_pooling_2d):
+        pooler.register_forward_pre_hook(lambda pooler, args: batch_sizes.append(len(args[0])))
+    ours = model.get_video_features(**inputs, prune_ratio=prune_ratio)
+    torch.testing.assert_close(ours.pooler_output, expected.pooler_output, atol=1e-4, rtol=1e-4)
+    assert max(batch_sizes) <= most and len(batch_sizes) > 3
 
 
 def test_gradient_checkpointing_in_chunks_changes_nothing():
