@@ -160,7 +160,9 @@ def main() -> None:
                 if device == "cuda":
                     torch.cuda.empty_cache()
             print(f"| {mode} | {num_frames} |", *(f"{cell} |" for cell in cells), flush=True)
+        # Models refer to themselves: without collecting, the next mode would be measured on top of this one.
         del model, optimizer
+        gc.collect()
 
 
 if __name__ == "__main__":

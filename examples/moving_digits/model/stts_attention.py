@@ -11,6 +11,10 @@ _HAS_VARLEN = is_torch_greater_or_equal("2.10")
 if _HAS_VARLEN:
     from torch.nn.attention.varlen import varlen_attn
 
+# CUDA's attention kernels take no larger batches (https://github.com/pytorch/pytorch/issues/146704), and windows are
+# pooled as a batch: 809 frames of 81 windows.
+MAX_BATCH_SIZE = 65535
+
 
 def score_to_key_bias(scores: torch.Tensor, num_frames: list[int], bias_floor: float) -> torch.Tensor:
     """

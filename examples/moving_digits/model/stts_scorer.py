@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .stts_attention import MAX_BATCH_SIZE
+
 
 class SttsWindowPooler(nn.Module):
     """
@@ -83,7 +85,8 @@ class SttsScorer(nn.Module):
             before the first one of a video counts as zeros.
         """
         size = len(windows) if chunk_frames is None else chunk_frames
-        pooled = torch.cat([self.window_pooler(chunk.flatten(0, 1)) for chunk in windows.split(size)])
+        batches = windows.flatten(0, 1).split(min(size * windows.shape[1], MAX_BATCH_SIZE))
+        pooled = torch.cat([self.window_pooler(batch) for batch in batches])
         pooled = pooled.unflatten(0, windows.shape[:2])
         zeros = torch.zeros_like(pooled[:1])
         previous = torch.cat([part for video in pooled.split(num_frames) for part in (zeros, video[:-1])])

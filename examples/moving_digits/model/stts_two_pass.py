@@ -39,12 +39,15 @@ class TokenLayout(NamedTuple):
     padded_length (`int`): tokens of a row in the first pass, `sequence_length` or more.
     order (`torch.Tensor` of shape `(batch_size, padded_length)`, int64): the tokens of each row, padding last; `None`
         where they stand so already.
-    inverse_order (`torch.Tensor` of shape `(batch_size, sequence_length)`, int64): leads back.
+    inverse_order (`torch.Tensor` of shape `(batch_size, sequence_length)`, int64): leads back; `None` where that is
+        cutting off what `order` has added.
     vision_idx (`torch.Tensor` of shape `(batch_size, num_keys + 1)`, int64): the vision tokens of each row from the
         last to the first, among tokens of the first pass; behind them as many others as the second pass needs; and the
         first of all again. The second pass has all but the last as keys, all but the first as queries. `None` where
         no row has two vision tokens.
     is_filler (`torch.Tensor` of shape `(batch_size, num_keys)`, bool): which of the queries are to see nothing there.
+    moved_idx (`torch.Tensor` of shape `(num_moved,)`, int64): the tokens of both passes that are moved, in one index:
+        `order`, if there is one, and the tokens of `vision_idx`, if there are any.
     """
 
     kernel: str
@@ -53,6 +56,7 @@ class TokenLayout(NamedTuple):
     inverse_order: torch.Tensor | None = None
     vision_idx: torch.Tensor | None = None
     is_filler: torch.Tensor | None = None
+    moved_idx: torch.Tensor | None = None
 
 
 def find_kernel(
@@ -107,18 +111,23 @@ def lay_out_tokens(
     if any(counts[1]):
         return None
 
-    order = inverse_order = None
-    if any(counts[0]):
+    order = inverse_order = moved_idx = None
+    if any(counts[0]) or padded_length > length:
         order = (position + num_before[:, None]) % padded_length
-        inverse_order = (position[:length] - num_before[:, None]) % padded_length + row * padded_length
+        if any(counts[0]):
+            inverse_order = (position[:length] - num_before[:, None]) % padded_length + row * padded_length
+        # What fills a row up are copies of its last token: kernels multiply what is hidden by 0, so it must be finite.
         is_vision, order = is_vision.gather(1, order), order.clamp(max=length - 1) + row * length
+        moved_idx = order.flatten()
     if max(counts[2]) < 2:
-        return TokenLayout(kernel, padded_length, order, inverse_order)
+        return TokenLayout(kernel, padded_length, order, inverse_order, moved_idx=moved_idx)
     num_keys = _round_up(max(counts[2]), multiple)
     backwards = is_vision.flip(-1).byte().argsort(dim=-1, descending=True, stable=True)[:, :num_keys]
     vision_idx = padded_length - 1 - torch.cat([backwards, backwards[:, :1]], dim=1) + row * padded_length
     is_filler = position[:num_keys] >= is_vision.sum(-1, keepdim=True) - 1
-    return TokenLayout(kernel, padded_length, order, inverse_order, vision_idx, is_filler)
+    vision_tokens = vision_idx.flatten()
+    moved_idx = vision_tokens if order is None else torch.cat([moved_idx, moved_idx[vision_tokens]])
+    return TokenLayout(kernel, padded_length, order, inverse_order, vision_idx, is_filler, moved_idx)
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -140,15 +149,7 @@ def attend_in_two_passes(
     Returns:
         `torch.Tensor` of the query's shape. Padding has values without meaning.
     """
-    states, length = (query, key, value), query.shape[2]
-    if layout.order is not None:
-        states = [_take(tensor, layout.order) for tensor in states]
-    elif layout.padded_length > length:
-        states = [_pad(tensor, layout.padded_length) for tensor in states]
-    output = _TwoPasses.apply(*states, layout.vision_idx, layout.is_filler, layout.kernel, scaling)
-    if layout.order is not None:
-        return _take(output, layout.inverse_order)
-    return output.transpose(1, 2)[:, :length].transpose(1, 2)
+    return _TwoPasses.apply(query, key, value, layout, scaling)
 
 
 def _rows(states: torch.Tensor) -> torch.Tensor:
@@ -159,13 +160,6 @@ def _rows(states: torch.Tensor) -> torch.Tensor:
 def _take(states: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
     """The tokens at `idx`, of shape `(batch_size, num_taken)`, of states with heads before tokens."""
     return _rows(states)[idx.flatten()].unflatten(0, idx.shape).transpose(1, 2)
-
-
-def _pad(states: torch.Tensor, padded_length: int) -> torch.Tensor:
-    """The same states with zeros behind their tokens. Kernels multiply hidden values by 0, so these must be finite."""
-    tokens = states.transpose(1, 2)
-    batch_size, length, *heads = tokens.shape
-    return torch.cat([tokens, tokens.new_zeros(batch_size, padded_length - length, *heads)], dim=1).transpose(1, 2)
 
 
 def _tokens_first(states: torch.Tensor) -> torch.Tensor:
@@ -179,41 +173,81 @@ def _put(states: torch.Tensor, idx: torch.Tensor, values: torch.Tensor) -> torch
     return rows.unflatten(0, (states.shape[0], -1)).transpose(1, 2)
 
 
+def _move(states: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The states of the first pass, and of the tokens at `vision_idx`, which are moved together."""
+    if layout.moved_idx is None:
+        return states, None
+    batch_size, moved = states.shape[0], _rows(states)[layout.moved_idx]
+    num_first = 0 if layout.order is None else layout.order.numel()
+    first, later = (
+        rows.unflatten(0, (batch_size, -1)).transpose(1, 2) if len(rows) > 0 else None
+        for rows in (moved[:num_first], moved[num_first:])
+    )
+    return states if first is None else first, later
+
+
+def _move_back(states: torch.Tensor, layout: TokenLayout, length: int) -> torch.Tensor:
+    """From the first pass to where the tokens stand in the prompt."""
+    if layout.inverse_order is not None:
+        return _take(states, layout.inverse_order)
+    return states.transpose(1, 2)[:, :length].transpose(1, 2)
+
+
+def _move_gradient(grad_output: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    """To where the tokens stand in the first pass; zeros for what is not in the prompt."""
+    if layout.order is None:
+        return grad_output
+    grad_output = grad_output.transpose(1, 2)
+    batch_size, length, *heads = grad_output.shape
+    moved = grad_output.new_zeros(batch_size, layout.padded_length, *heads)
+    if layout.inverse_order is None:
+        moved[:, :length] = grad_output
+        return moved.transpose(1, 2)
+    return _put(moved.transpose(1, 2), layout.inverse_order, grad_output.transpose(1, 2))
+
+
 class _TwoPasses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, vision_idx, is_filler, kernel, scaling):
-        output, lse, *rng_states = _causal_attention(kernel, query, key, value, scaling)
-        if vision_idx is not None:
-            queries, keys = vision_idx[:, 1:], vision_idx[:, :-1]
-            states = _take(query, queries), _take(key, keys), _take(value, keys)
-            later, lse_of_later, *_ = _causal_attention(kernel, *states, scaling)
+    def forward(ctx, query, key, value, layout, scaling):
+        length = query.shape[2]
+        (first_query, later_query), *keys_and_values = [_move(states, layout) for states in (query, key, value)]
+        first, later = zip(*keys_and_values)
+        output, lse, *rng_states = _causal_attention(layout.kernel, first_query, *first, scaling)
+        if layout.vision_idx is not None:
+            queries = layout.vision_idx[:, 1:]
+            later = (states[:, :, :-1] for states in later)
+            of_later, lse_of_later, *_ = _causal_attention(layout.kernel, later_query[:, :, 1:], *later, scaling)
             lse_so_far = _take(lse, queries)
-            lse_of_later = lse_of_later.masked_fill(is_filler[:, None], -torch.inf)
+            lse_of_later.masked_fill_(layout.is_filler[:, None], -torch.inf)
             weight = (lse_of_later - lse_so_far).sigmoid()[..., None].to(output.dtype)
-            output = _put(output, queries, torch.lerp(_take(output, queries), later, weight))
+            output = _put(output, queries, torch.lerp(_take(output, queries), of_later, weight))
             if any(ctx.needs_input_grad):
                 lse = _put(lse, queries, torch.logaddexp(lse_so_far, lse_of_later))
-        ctx.save_for_backward(query, key, value, output, lse, vision_idx, is_filler, *rng_states)
-        ctx.kernel, ctx.scaling = kernel, scaling
-        return output
+        ctx.save_for_backward(query, key, value, output, lse, *rng_states)
+        ctx.layout, ctx.scaling = layout, scaling
+        return _move_back(output, layout, length)
 
     @staticmethod
     def backward(ctx, grad_output):
-        query, key, value, output, lse, vision_idx, is_filler, *rng_states = ctx.saved_tensors
-        passed = (ctx.kernel, ctx.scaling, rng_states)
-        grads = _causal_attention_backward(*passed, grad_output, query, key, value, output, lse)
-        if vision_idx is not None:
-            queries, keys = vision_idx[:, 1:], vision_idx[:, :-1]
+        query, key, value, output, lse, *rng_states = ctx.saved_tensors
+        layout, length = ctx.layout, query.shape[2]
+        passed = (layout.kernel, ctx.scaling, rng_states)
+        (first_query, later_query), *keys_and_values = [_move(states, layout) for states in (query, key, value)]
+        first, later = zip(*keys_and_values)
+        grad_output = _move_gradient(grad_output, layout)
+        grads = _causal_attention_backward(*passed, grad_output, first_query, *first, output, lse)
+        if layout.vision_idx is not None:
+            queries, keys = layout.vision_idx[:, 1:], layout.vision_idx[:, :-1]
             # `masked_fill_` of moved tokens is not compiled, `masked_fill` puts heads first.
-            grad_output = torch.where(is_filler[:, None, :, None], 0.0, _take(grad_output, queries))
-            lse = _take(lse, queries).masked_fill(is_filler[:, None], torch.inf)
-            states = _take(query, queries), _take(key, keys), _take(value, keys), _take(output, queries)
-            later = _causal_attention_backward(*passed, grad_output, *states, lse)
+            grad_output = torch.where(layout.is_filler[:, None, :, None], 0.0, _take(grad_output, queries))
+            lse = _take(lse, queries).masked_fill(layout.is_filler[:, None], torch.inf)
+            states = later_query[:, :, 1:], *(states[:, :, :-1] for states in later), _take(output, queries)
+            grads_of_later = _causal_attention_backward(*passed, grad_output, *states, lse)
             grads = [
                 _put(grad, idx, _take(grad, idx) + grad_of_later)
-                for grad, idx, grad_of_later in zip(grads, (queries, keys, keys), later)
+                for grad, idx, grad_of_later in zip(grads, (queries, keys, keys), grads_of_later)
             ]
-        return *grads, None, None, None, None
+        return *(_move_back(grad, layout, length) for grad in grads), None, None
 
 
 def _causal_attention(
@@ -269,6 +303,20 @@ def _can_decode_without_plan(query: torch.Tensor, key: torch.Tensor, value: torc
     return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, is_grouped))
 
 
+def _can_group_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor
+) -> bool:
+    """
+    Whether there is a kernel for a mask and fewer heads of keys and values than of queries: cuDNN. For the others
+    `sdpa` copies keys and values for every head of the queries. Without gradients, of which cuDNN's are not relied on.
+    """
+    if query.shape[2] == 1 or query.shape[1] == key.shape[1] or not query.is_cuda or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value)):
+        return False
+    return can_use_cudnn_attention(SDPAParams(query, key, value, attention_mask, 0.0, False, True))
+
+
 def two_pass_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -281,12 +329,17 @@ def two_pass_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """
     An attention function of transformers: `sdpa`, except in calls whose model passes on a `token_layout`, which is for
-    prompts that fill an empty cache (or none) and have no dropout, and for single tokens that see all of a cache.
+    prompts that fill an empty cache (or none) and have no dropout; for single tokens that see all of a cache; and
+    where a kernel takes a mask without copies of keys and values.
     """
-    if token_layout is None:
-        if attention_mask is None and not kwargs.get("dropout") and _can_decode_without_plan(query, key, value):
+    if token_layout is None and not kwargs.get("dropout"):
+        if attention_mask is None and _can_decode_without_plan(query, key, value):
             output, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scaling)
             return output.transpose(1, 2), None
+        if attention_mask is not None and _can_group_heads(query, key, value, attention_mask):
+            output = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling, enable_gqa=True)
+            return output.transpose(1, 2), None
+    if token_layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     # A static cache returns room for tokens to come.
     states = (query, *(states[:, :, : query.shape[2]] for states in (key, value)))
