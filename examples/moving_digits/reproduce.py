@@ -1,20 +1,22 @@
-"""Makes the benchmark, trains every model behind the README's table on one GPU, and evaluates them.
+"""Makes the benchmark, trains every model behind the README's table on one GPU or several, and evaluates them.
 
     python examples/moving_digits/reproduce.py OUT                 # all of it
     python examples/moving_digits/reproduce.py OUT --minutes 9     # a slice; the same command goes on where it ended
 
-All rules start from one base and see the same batches of a seed. Each job leaves a log in OUT/logs, and what is
-finished is not done again. In the end `report.py OUT/results/*.json` has the table, and OUT/stts-1/final is the model
-that ships.
+All rules start from one base and see the same batches of a seed. Several jobs share a GPU. Each leaves a log in
+OUT/logs, and is not done again once it is finished. In the end `report.py OUT/results/*.json` has the table, and
+OUT/stts-1/final is the model that ships.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from rules import RULES
 from tqdm import tqdm
 
@@ -26,7 +28,7 @@ VIDEOS = ("--num-videos", "250", "150", "250")
 PICTURES = ("--stage", "pictures", "--steps", "2400", "--frames-per-batch", "256", "--workers", "12")
 BASE = ("--rule", "unpruned", "--steps", "2400", "--easy-steps", "1000", "--vision-learning-rate", "3e-4")
 RULE = ("--steps", "800", "--frames-per-batch", "192", "--learning-rate", "3e-4", "--vision-learning-rate", "1e-4")
-SIDE_BY_SIDE = 6  # jobs: one alone leaves most of a large GPU idle
+SIDE_BY_SIDE = 6  # jobs on a GPU: one alone leaves most of a large one idle
 TAIL = 2000  # characters of a failed job's log that are shown
 
 
@@ -75,13 +77,20 @@ def plan_jobs(out: Path) -> list[Job]:
     return jobs
 
 
-def run_jobs(jobs: list[Job], logs: Path, end: float | None) -> bool:
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that jobs may use, as `CUDA_VISIBLE_DEVICES` takes them; one that is empty on a CPU."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(gpu) for gpu in range(torch.cuda.device_count())] or [""]
+
+
+def run_jobs(jobs: list[Job], logs: Path, end: float | None, gpus: list[str]) -> bool:
     """
     Runs what is ready, several jobs side by side, until all is finished or time is up.
 
     Args:
         jobs (`list[Job]`): the most important first.
         logs (`Path`): folder of the logs.
+        gpus (`list[str]`): see `visible_gpus`. A job gets the one that has the fewest.
         end (`float`, *optional*): time, as `time.monotonic()` counts it, after which nothing is started; trainings
             save a checkpoint then.
 
@@ -91,18 +100,20 @@ def run_jobs(jobs: list[Job], logs: Path, end: float | None) -> bool:
     Raises:
         RuntimeError: if a job fails; the others are stopped.
     """
-    running: dict[subprocess.Popen, Job] = {}
+    running: dict[subprocess.Popen, tuple[Job, str]] = {}
     waiting = [job for job in jobs if not job.result.exists()]
     with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), disable=not sys.stderr.isatty()) as bar:
         try:
             while running or (waiting and not _is_over(end)):
-                for job in [job for job in waiting if job.is_ready()][: SIDE_BY_SIDE - len(running)]:
+                for job in [job for job in waiting if job.is_ready()][: SIDE_BY_SIDE * len(gpus) - len(running)]:
                     if not _is_over(end):
                         waiting.remove(job)
-                        running[_start(job, logs, end)] = job
+                        used = [gpu for _, gpu in running.values()]
+                        gpu = min(gpus, key=used.count)
+                        running[_start(job, logs, end, gpu)] = job, gpu
                 time.sleep(0.2)
                 for process in [process for process in running if process.poll() is not None]:
-                    job = running.pop(process)
+                    job, _ = running.pop(process)
                     if process.returncode:
                         raise RuntimeError(f"{job.name} failed:\n{_log(job, logs).read_text()[-TAIL:]}")
                     bar.update(job.result.exists())
@@ -120,12 +131,15 @@ def _log(job: Job, logs: Path) -> Path:
     return logs / f"{job.name}.log"
 
 
-def _start(job: Job, logs: Path, end: float | None) -> subprocess.Popen:
+def _start(job: Job, logs: Path, end: float | None, gpu: str) -> subprocess.Popen:
     command = [sys.executable, str(HERE / job.script), *job.args]
     if job.is_training and end is not None:
         command += ["--minutes", str(max(end - time.monotonic(), 0) / 60)]
     with _log(job, logs).open("a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+        )
 
 
 def main() -> None:
@@ -137,7 +151,7 @@ def main() -> None:
     for folder in ("logs", "results"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
     try:
-        is_finished = run_jobs(plan_jobs(args.out), args.out / "logs", end)
+        is_finished = run_jobs(plan_jobs(args.out), args.out / "logs", end, visible_gpus())
     except RuntimeError as error:
         sys.exit(f"error: {error}")
     print(f"{'finished' if is_finished else 'stopped; the same command goes on'}: {args.out}")
