@@ -21,6 +21,7 @@ from transformers.models.molmo2.modeling_molmo2 import (
 
 from .configuration_stts import SttsConfig
 from .stts_attention import (
+    MAX_BATCH_SIZE,
     attend_in_segments,
     attend_with_key_bias,
     attend_with_mask,
@@ -355,7 +356,9 @@ def frame_chunks(
 
 class Molmo2SttsAdapter(Molmo2Adapter):
     """
-    Differences from `Molmo2Adapter`: without `pooled_patches_idx`, `image_features` stand in windows already.
+    Differences from `Molmo2Adapter`:
+    - without `pooled_patches_idx`, `image_features` stand in windows already;
+    - more windows than a batch of attention may have are pooled in several.
     """
 
     def forward(
@@ -368,6 +371,11 @@ class Molmo2SttsAdapter(Molmo2Adapter):
         Returns:
             `BaseModelOutput` whose `last_hidden_state` has shape `(num_windows, text_hidden_size)`.
         """
+        windows = image_features if pooled_patches_idx is None else pooled_patches_idx
+        if len(windows) > MAX_BATCH_SIZE:
+            parts = windows.split(MAX_BATCH_SIZE)
+            calls = [(part,) if pooled_patches_idx is None else (image_features, part) for part in parts]
+            return BaseModelOutput(torch.cat([self(*call, **kwargs).last_hidden_state for call in calls]))
         if pooled_patches_idx is not None:
             return super().forward(image_features, pooled_patches_idx, **kwargs)
         query = image_features.mean(1, keepdim=True)

@@ -244,7 +244,7 @@ def test_no_batch_of_windows_is_larger_than_attention_takes(monkeypatch, prune_r
     model, inputs = lively_model(), videos_of(video_inputs((4, 1, 2)))
     expected = model.get_video_features(**inputs, prune_ratio=prune_ratio)
     most, batch_sizes = 2 * NUM_WINDOWS + 1, []
-    for module in (modeling, stts_scorer):
+    for module in (vision_tower, stts_scorer):
         monkeypatch.setattr(module, "MAX_BATCH_SIZE", most)
     for pooler in (model.model.vision_tower.scorer.window_pooler, model.model.multi_modal_projector.image_pooling_2d):
         pooler.register_forward_pre_hook(lambda pooler, args: batch_sizes.append(len(args[0])))

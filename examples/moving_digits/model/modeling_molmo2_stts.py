@@ -26,7 +26,6 @@ from transformers.utils.generic import is_flash_attention_requested
 from .configuration_molmo2_stts import Molmo2SttsConfig
 from .configuration_stts import check_prune_ratio
 from .modeling_molmo2_stts_vision import Molmo2SttsAdapter, Molmo2SttsVisionModel, frame_chunks
-from .stts_attention import MAX_BATCH_SIZE
 from .stts_generation import CACHE, SttsGenerationMixin, remember_cut, remembered_cut
 from .stts_prompt import PromptCut, check_placeholders, cut_prompt
 from .stts_selection import PrunePlan, plan_pruning
@@ -192,7 +191,7 @@ class Molmo2SttsModel(Molmo2Model):
         _check_windows(plan, pixel_values_videos, video_token_pooling, is_pruned)
         if is_pruned:
             return self._pruned_features(pixel_values_videos, video_token_pooling, plan)
-        if self.config.stts_config.vision_chunk_frames is None and len(video_token_pooling) <= MAX_BATCH_SIZE:
+        if self.config.stts_config.vision_chunk_frames is None:
             native = super().get_video_features(pixel_values_videos, video_token_pooling, video_grids, **kwargs)
         else:
             native = {"pooler_output": self._native_features(pixel_values_videos, video_token_pooling, plan)}
@@ -256,8 +255,7 @@ class Molmo2SttsModel(Molmo2Model):
         self, pixel_values_videos: torch.Tensor, video_token_pooling: torch.Tensor, plan: PrunePlan
     ) -> tuple[torch.Tensor, ...]:
         """Features of unpruned videos by the native code, in chunks of frames."""
-        most_frames, features = max(1, MAX_BATCH_SIZE // plan.num_windows), []
-        chunk_frames = min(self.config.stts_config.vision_chunk_frames or most_frames, most_frames)
+        chunk_frames, features = self.config.stts_config.vision_chunk_frames, []
         for frames, pooling in frame_chunks(pixel_values_videos, video_token_pooling, plan.num_windows, chunk_frames):
             grid = torch.tensor([[len(frames) * plan.num_rows, plan.num_cols, 0, 0]])
             features += self.get_image_features(frames, pooling, grid, return_dict=True).pooler_output
@@ -280,7 +278,7 @@ class Molmo2SttsModel(Molmo2Model):
             previous_windows=previous_windows,
         )
         chunk_windows = plan.num_windows * (stts_config.vision_chunk_frames or len(pixel_values_videos))
-        chunks = vision.window_features.split(min(chunk_windows, MAX_BATCH_SIZE))
+        chunks = vision.window_features.split(chunk_windows)
         features = torch.cat([self.multi_modal_projector(chunk).last_hidden_state for chunk in chunks])
         num_kept = [mask.numel() - num_pruned for mask, num_pruned in zip(vision.keep_masks, plan.num_pruned)]
         return Molmo2SttsVideoFeatures(
