@@ -157,9 +157,14 @@ def _rows(states: torch.Tensor) -> torch.Tensor:
     return states.transpose(1, 2).flatten(0, 1)
 
 
+def _from_rows(rows: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Back from `_rows`."""
+    return rows.unflatten(0, (batch_size, -1)).transpose(1, 2)
+
+
 def _take(states: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
     """The tokens at `idx`, of shape `(batch_size, num_taken)`, of states with heads before tokens."""
-    return _rows(states)[idx.flatten()].unflatten(0, idx.shape).transpose(1, 2)
+    return _from_rows(_rows(states)[idx.flatten()], len(idx))
 
 
 def _tokens_first(states: torch.Tensor) -> torch.Tensor:
@@ -169,21 +174,23 @@ def _tokens_first(states: torch.Tensor) -> torch.Tensor:
 
 def _put(states: torch.Tensor, idx: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """The same states with other values for the tokens at `idx`. May change the given ones."""
-    rows = _rows(states).index_copy_(0, idx.flatten(), _rows(values))
-    return rows.unflatten(0, (states.shape[0], -1)).transpose(1, 2)
+    return _from_rows(_rows(states).index_copy_(0, idx.flatten(), _rows(values)), len(states))
 
 
-def _move(states: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The states of the first pass, and of the tokens at `vision_idx`, which are moved together."""
+def _move(
+    states: tuple[torch.Tensor, ...], layout: TokenLayout
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]:
+    """Query, key and value of the first pass and of the second, if there is one, in one gather for both."""
     if layout.moved_idx is None:
         return states, None
-    batch_size, moved = states.shape[0], _rows(states)[layout.moved_idx]
-    num_first = 0 if layout.order is None else layout.order.numel()
-    first, later = (
-        rows.unflatten(0, (batch_size, -1)).transpose(1, 2) if len(rows) > 0 else None
-        for rows in (moved[:num_first], moved[num_first:])
-    )
-    return states if first is None else first, later
+    batch_size, num_first = len(states[0]), 0 if layout.order is None else layout.order.numel()
+    moved = [_rows(tensor)[layout.moved_idx] for tensor in states]
+    if layout.order is not None:
+        states = tuple(_from_rows(rows[:num_first], batch_size) for rows in moved)
+    if layout.vision_idx is None:
+        return states, None
+    query, key, value = (_from_rows(rows[num_first:], batch_size) for rows in moved)
+    return states, (query[:, :, 1:], key[:, :, :-1], value[:, :, :-1])
 
 
 def _move_back(states: torch.Tensor, layout: TokenLayout, length: int) -> torch.Tensor:
@@ -209,45 +216,40 @@ def _move_gradient(grad_output: torch.Tensor, layout: TokenLayout) -> torch.Tens
 class _TwoPasses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, layout, scaling):
-        length = query.shape[2]
-        (first_query, later_query), *keys_and_values = [_move(states, layout) for states in (query, key, value)]
-        first, later = zip(*keys_and_values)
-        output, lse, *rng_states = _causal_attention(layout.kernel, first_query, *first, scaling)
-        if layout.vision_idx is not None:
+        first, second = _move((query, key, value), layout)
+        output, lse, *rng_states = _causal_attention(layout.kernel, *first, scaling)
+        if second is not None:
             queries = layout.vision_idx[:, 1:]
-            later = (states[:, :, :-1] for states in later)
-            of_later, lse_of_later, *_ = _causal_attention(layout.kernel, later_query[:, :, 1:], *later, scaling)
+            later, lse_of_later, *_ = _causal_attention(layout.kernel, *second, scaling)
             lse_so_far = _take(lse, queries)
             lse_of_later.masked_fill_(layout.is_filler[:, None], -torch.inf)
             weight = (lse_of_later - lse_so_far).sigmoid()[..., None].to(output.dtype)
-            output = _put(output, queries, torch.lerp(_take(output, queries), of_later, weight))
+            output = _put(output, queries, torch.lerp(_take(output, queries), later, weight))
             if any(ctx.needs_input_grad):
                 lse = _put(lse, queries, torch.logaddexp(lse_so_far, lse_of_later))
         ctx.save_for_backward(query, key, value, output, lse, *rng_states)
         ctx.layout, ctx.scaling = layout, scaling
-        return _move_back(output, layout, length)
+        return _move_back(output, layout, query.shape[2])
 
     @staticmethod
     def backward(ctx, grad_output):
         query, key, value, output, lse, *rng_states = ctx.saved_tensors
-        layout, length = ctx.layout, query.shape[2]
+        layout = ctx.layout
         passed = (layout.kernel, ctx.scaling, rng_states)
-        (first_query, later_query), *keys_and_values = [_move(states, layout) for states in (query, key, value)]
-        first, later = zip(*keys_and_values)
+        first, second = _move((query, key, value), layout)
         grad_output = _move_gradient(grad_output, layout)
-        grads = _causal_attention_backward(*passed, grad_output, first_query, *first, output, lse)
-        if layout.vision_idx is not None:
+        grads = _causal_attention_backward(*passed, grad_output, *first, output, lse)
+        if second is not None:
             queries, keys = layout.vision_idx[:, 1:], layout.vision_idx[:, :-1]
             # `masked_fill_` of moved tokens is not compiled, `masked_fill` puts heads first.
             grad_output = torch.where(layout.is_filler[:, None, :, None], 0.0, _take(grad_output, queries))
             lse = _take(lse, queries).masked_fill(layout.is_filler[:, None], torch.inf)
-            states = later_query[:, :, 1:], *(states[:, :, :-1] for states in later), _take(output, queries)
-            grads_of_later = _causal_attention_backward(*passed, grad_output, *states, lse)
+            later = _causal_attention_backward(*passed, grad_output, *second, _take(output, queries), lse)
             grads = [
                 _put(grad, idx, _take(grad, idx) + grad_of_later)
-                for grad, idx, grad_of_later in zip(grads, (queries, keys, keys), grads_of_later)
+                for grad, idx, grad_of_later in zip(grads, (queries, keys, keys), later)
             ]
-        return *(_move_back(grad, layout, length) for grad in grads), None, None
+        return *(_move_back(grad, layout, query.shape[2]) for grad in grads), None, None
 
 
 def _causal_attention(

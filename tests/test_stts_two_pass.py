@@ -226,6 +226,14 @@ def test_the_mask_is_what_torch_makes_of_that_of_sdpa(dtype):
     assert two_pass_mask(dtype, **shape | {"q_length": 1, "allow_is_causal_skip": True}) is None
 
 
+def empty_states(device, num_queries, num_heads=4, head_dim=64):
+    """Of some queries and seven keys, for a device that need not be there."""
+    return [
+        torch.empty(2, heads, length, head_dim, device=device, dtype=torch.bfloat16)
+        for heads, length in zip((num_heads, 2, 2), (num_queries, 7, 7))
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "is_flash"),
     [
@@ -242,12 +250,8 @@ def test_a_decoding_step_needs_no_plan(monkeypatch, change, is_flash):
     monkeypatch.setattr(stts_two_pass, "can_use_flash_attention", lambda params: True)
     monkeypatch.setattr(stts_two_pass, "sdpa_attention_forward", lambda *args, **kwargs: ("sdpa", None))
     call = {"num_queries": 1, "head_dim": 64, "device": "cuda", "attention_mask": None, "dropout": 0.0} | change
-    lengths = (call["num_queries"], 7, 7)
     with FakeTensorMode():
-        states = [
-            torch.empty(2, heads, length, call["head_dim"], device=call["device"], dtype=torch.bfloat16)
-            for heads, length in zip((4, 2, 2), lengths)
-        ]
+        states = empty_states(call["device"], call["num_queries"], head_dim=call["head_dim"])
         settings = {"scaling": 0.1, "dropout": call["dropout"]}
         output, _ = two_pass_attention_forward(torch.nn.Module(), *states, call["attention_mask"], **settings)
     assert output.shape == (2, 1, 4, 64) if is_flash else output == "sdpa"
@@ -270,12 +274,10 @@ def test_a_mask_needs_no_copies_of_keys_and_values(monkeypatch, change, is_group
     monkeypatch.setattr(stts_two_pass, "can_use_cudnn_attention", lambda params: True)
     monkeypatch.setattr(stts_two_pass, "sdpa_attention_forward", lambda *args, **kwargs: ("sdpa", None))
     call = {"num_queries": 5, "num_heads": 4, "device": "cuda", "requires_grad": False, "dropout": 0.0} | change
-    heads, lengths = (call["num_heads"], 2, 2), (call["num_queries"], 7, 7)
     with FakeTensorMode():
-        options = {"device": call["device"], "dtype": torch.bfloat16}
-        states = [torch.empty(2, heads, length, 64, **options) for heads, length in zip(heads, lengths)]
+        states = empty_states(call["device"], call["num_queries"], num_heads=call["num_heads"])
         states[2].requires_grad_(call["requires_grad"])
-        mask = torch.zeros(2, 1, call["num_queries"], 7, **options)
+        mask = torch.zeros(2, 1, call["num_queries"], 7, device=call["device"], dtype=torch.bfloat16)
         output, _ = two_pass_attention_forward(torch.nn.Module(), *states, mask, dropout=call["dropout"])
     assert output.shape == (2, call["num_queries"], 4, 64) if is_grouped else output == "sdpa"
 
