@@ -85,6 +85,19 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return tensor
 
 
+def training_loss(model: nn.Module, batch: dict, ratio: float) -> torch.Tensor:
+    """
+    Args:
+        ratio (`float`): fraction of windows to remove.
+
+    Returns:
+        `torch.Tensor`: what is minimized, computed in mixed precision.
+    """
+    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
+        outputs = model(**batch, prune_ratio=ratio)
+        return outputs.language_loss + outputs.temporal_loss
+
+
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, ratio: float) -> int:
     """
     Runs one step.
@@ -95,11 +108,9 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, 
     Returns:
         `int`: bytes that the forward pass kept for the backward pass.
     """
-    device = batch["input_ids"].device.type
     saved = SavedBytes(model)
-    with saved, torch.autocast(device, torch.bfloat16):
-        outputs = model(**batch, prune_ratio=ratio)
-        loss = outputs.language_loss + outputs.temporal_loss
+    with saved:
+        loss = training_loss(model, batch, ratio)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from measure_memory import MODES, build, make_batch
+from measure_memory import MODES, build, make_batch, training_loss
 from speed.shapes import SIZES
+from speed.tables import line
 
 from hub_upload.tiny import tiny_config
 from modeling_stts import Molmo2SttsConfig
@@ -47,9 +48,7 @@ def measure(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any
     for _ in range(args.warm_up + args.steps):
         accelerator.wait_for_everyone()
         start = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16):
-            outputs = model(**batch, prune_ratio=args.prune_ratio)
-            loss = outputs.language_loss + outputs.temporal_loss
+        loss = training_loss(model, batch, args.prune_ratio)
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
@@ -88,12 +87,9 @@ def efficiency(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
-    lines = ["| " + " | ".join(name.replace("_", " ") for name in COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    for row in rows:
-        cells = [(row | {"efficiency": efficiency(row, rows)})[name] for name in COLUMNS]
-        texts = [f"{cell:.3g}" if isinstance(cell, float) else "-" if cell is None else str(cell) for cell in cells]
-        lines.append("| " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+    rows = [row | {"efficiency": efficiency(row, rows)} for row in rows]
+    head = [line(name.replace("_", " ") for name in COLUMNS), "|---" * len(COLUMNS) + "|"]
+    return "\n".join(head + [line(row[name] for name in COLUMNS) for row in rows])
 
 
 def main(argv: list[str] | None = None) -> None:

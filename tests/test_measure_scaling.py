@@ -20,7 +20,7 @@ def test_efficiency_is_against_one_process_with_the_same_settings():
         row(2, 9.0, prune_ratio=0),
     ]
     assert [efficiency(each, rows) for each in rows] == [0.75, 1.0, 1.0, 0.75, None]
-    assert "| a GPU | full | 64 | 0.5 | FSDP | 2 | 1e+03 | 150 | - | 0.75 |" in to_markdown(rows).split("\n")
+    assert "| a GPU | full | 64 | 0.5 | FSDP | 2 | 1000 | 150 | - | 0.75 |" in to_markdown(rows).split("\n")
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])

@@ -74,7 +74,8 @@ def _text(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _line(cells: Iterable[Any]) -> str:
+def line(cells: Iterable[Any]) -> str:
+    """A line of a table: numbers with three digits or more, `-` for `None`."""
     return "| " + " | ".join(_text(cell) for cell in cells) + " |"
 
 
@@ -84,8 +85,8 @@ def _table(rows: list[Row], kind: str, columns: tuple[str, ...]) -> list[str]:
     if not chosen:
         return []
     head = [HEADS.get(column, column.replace("_", " ")) for column in columns]
-    body = [_line(row.get(column, row.get("error")) for column in columns) for row in chosen]
-    return ["", kind.capitalize(), "", _line(head), "|---" * len(head) + "|", *body]
+    body = [line(row.get(column, row.get("error")) for column in columns) for row in chosen]
+    return ["", kind.capitalize(), "", line(head), "|---" * len(head) + "|", *body]
 
 
 def _name(row: Row) -> str | None:
@@ -98,14 +99,14 @@ def _speed_ups(rows: list[Row], base: Key, name: str) -> list[str]:
     head = ["frames", f"{name} ms"]
     for ratio in ratios:
         head += [f"{100 * ratio:.0f}% ms", "times", "FLOP limit"]
-    lines = [_line(head), "|---" * len(head) + "|"]
+    lines = [line(head), "|---" * len(head) + "|"]
     for num_frames in sorted({row["num_frames"] for row in rows}):
         there = {_key(row): row for row in rows if row["num_frames"] == num_frames}
         cells = [num_frames, _milliseconds(there.get(base))]
         for ratio in ratios:
             cells.append(_milliseconds(there.get(("stts", ratio))))
             cells += [speed_up(rows, num_frames, ratio, base=base), flop_limit(rows, num_frames, ratio, base)]
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return lines
 
 
@@ -119,14 +120,14 @@ def _details(rows: list[Row], matmul_tflops: float) -> list[str]:
     units = [size.replace("_bytes", " GB") for size in sizes]
     times = [part.replace("_", " ") for part in (*parts, "total_ms")]
     head = ["frames", "candidate", "ratio", *times, *units, "TFLOP", "share of rate"]
-    lines = [_line(head), "|---" * len(head) + "|"]
+    lines = [line(head), "|---" * len(head) + "|"]
     for row in sorted(rows, key=lambda row: row["num_frames"]):
         tflop = sum(row["flops"].values()) / 1e12
         share = 1000 * tflop / row["total_ms"] / matmul_tflops if "total_ms" in row else None
         cells = [row["num_frames"], _name(row), row["prune_ratio"]]
         cells += [row.get(part) for part in parts] + [_milliseconds(row)]
         cells += [row[size] / 1e9 if row.get(size) else None for size in sizes]
-        lines.append(_line([*cells, tflop, share]))
+        lines.append(line([*cells, tflop, share]))
     return lines
 
 
