@@ -46,11 +46,15 @@ def mixed(tmp_path_factory):
     return write_mixed(tmp_path_factory.mktemp("mixed"))
 
 
-def run(monkeypatch, source, data, out, *args):
+def run_command(monkeypatch, *options):
     """The command line, in this process."""
-    options = ["--model", source, "--data", data, "--output_dir", out, "--logging_steps", 1, *args]
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, options), "--use_cpu", "--disable_tqdm", "true"])
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, options)])
     finetune.main()
+
+
+def run(monkeypatch, source, data, out, *args):
+    options = ["--model", source, "--data", data, "--output_dir", out, "--logging_steps", 1, *args]
+    run_command(monkeypatch, *options, "--use_cpu", "--disable_tqdm", "true")
 
 
 def history(folder):
@@ -204,9 +208,8 @@ def check_same_training(one, two, rel):
 
 def test_two_processes_train_as_one_and_a_batch_without_a_video_does_not_stop_them(monkeypatch, for_two, tmp_path):
     """With DDP and with FSDP2, whose checkpoints load on one device."""
-    one = [*for_two, "--use_cpu", "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 2]
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, one)])
-    finetune.main()
+    one = ["--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 2]
+    run_command(monkeypatch, *for_two, "--use_cpu", *one)
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
