@@ -30,7 +30,9 @@ def rows():
             found.append(row("unpruned", 0.0, 80 + seed, seed=seed, name=name))
             for rule, by_ratio in right.items():
                 found += [row(rule, ratio, count, seed=seed, name=name) for ratio, count in by_ratio.items()]
-    found += [row("stts", 0.5, 82, name="long", num_frames=128), row("stts", 0.5, 10, name="short", refill=True)]
+    more = {"name": "long", "num_frames": 128}
+    found += [row("stts", 0.5, 82, **more), row("stts", 0.5, 84, **more, position_ids="compact")]
+    found += [row("stts", 0.5, 10, name="short", refill=True)]
     return found
 
 
@@ -65,6 +67,8 @@ def test_claims_by_hand():
     assert found["short: STTS against random at 50 %"] == ([19, 19], 0.9)
     assert found["detail: STTS against random at 80 %"] == ([1, 1], 2.3)
     assert found["long: stts, 128 frames pruned to the tokens of 64, against those unpruned"] == ([2], 0.5)
+    compact = "long: stts, 128 frames pruned to the tokens of 64 at compact positions, against those unpruned"
+    assert found[compact] == ([4], 0.5)
     assert not any("similarity" in text or "256" in text for text in found)
 
 

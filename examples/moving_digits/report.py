@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,11 +147,11 @@ def claims(results: Results) -> list[Claim]:
         for text, ratio, other, least in pairs:
             found.append(Claim(f"{name}: {text}", differences(results.accuracy("stts", name, ratio), other), least))
     unpruned = results.accuracy(UNPRUNED, "long", 0.0)
-    for num_frames in MORE_FRAMES:
-        for rule in results.rules():
-            scaled = results.accuracy(rule, "long", 1 - LONG_SAMPLE / num_frames, num_frames)
-            text = f"long: {rule}, {num_frames} frames pruned to the tokens of {LONG_SAMPLE}, against those unpruned"
-            found.append(Claim(text, differences(scaled, unpruned), 0.5))
+    positions = {"": {}, " at compact positions": {"position_ids": "compact"}}
+    for num_frames, rule, (where, changes) in product(MORE_FRAMES, results.rules(), positions.items()):
+        scaled = results.accuracy(rule, "long", 1 - LONG_SAMPLE / num_frames, num_frames, changes)
+        text = f"long: {rule}, {num_frames} frames pruned to the tokens of {LONG_SAMPLE}{where}, against those unpruned"
+        found.append(Claim(text, differences(scaled, unpruned), 0.5))
     return [claim for claim in found if claim.differences]
 
 
