@@ -307,7 +307,7 @@ def _short_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
         Question("first", "Which digit appears first?", str(digits[0].label), 10),
     ]
     if len(digits) > 1:
-        questions.append(_which_before("order", digits, rng))
+        questions.append(_which_of_two("order", digits, rng))
     return questions
 
 
@@ -317,7 +317,7 @@ def _long_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     questions = [_which_digit("brief digit", asked), _how_many("appearances", digits)]
     far_apart = [digits[0], digits[-1]]
     if far_apart[1].start - far_apart[0].start >= 15:
-        questions.append(_which_before("far order", far_apart, rng))
+        questions.append(_which_of_two("far order", far_apart, rng))
     return questions
 
 
@@ -355,10 +355,10 @@ def _how_many(kind: str, digits: list[Sprite]) -> Question:
     return Question(kind, "How many digits appear?", str(len(digits)), MAX_DIGITS)
 
 
-def _which_before(kind: str, digits: list[Sprite], rng: np.random.Generator) -> Question:
-    first, second = (digits[i] for i in rng.permutation(len(digits))[:2])
-    answer = "yes" if first.start < second.start else "no"
-    return Question(kind, f"Does the {first.label} appear before the {second.label}?", answer, 2)
+def _which_of_two(kind: str, digits: list[Sprite], rng: np.random.Generator) -> Question:
+    one, other = (digits[i] for i in rng.permutation(len(digits))[:2])
+    first = min(one, other, key=lambda digit: digit.start)
+    return Question(kind, f"Which appears first, the {one.label} or the {other.label}?", str(first.label), 2)
 
 
 def _place(digit: Sprite) -> str:

@@ -27,7 +27,7 @@ RULE, SEED = "stts", 1
 REPO_ID, LICENSE = "modeling-stts/moving-digits", "apache-2.0"
 MAX_SHARD_SIZE = "14MB"  # what many hosts of git repositories take without a word
 MEASURED = {
-    "hardware": "one NVIDIA H100 80GB HBM3, bfloat16, torch 2.11, transformers 5.23.0",
+    "hardware": "two NVIDIA H100 80GB HBM3, bfloat16, torch 2.11, transformers 5.24.0",
     "date": "2026-11-24",
     "command": "python examples/moving_digits/reproduce.py out",
 }
