@@ -150,8 +150,8 @@ def claims(results: Results) -> list[Claim]:
     positions = {"": {}, " at compact positions": {"position_ids": "compact"}}
     for num_frames, rule, (where, changes) in product(MORE_FRAMES, results.rules(), positions.items()):
         scaled = results.accuracy(rule, "long", 1 - LONG_SAMPLE / num_frames, num_frames, changes)
-        text = f"long: {rule}, {num_frames} frames pruned to the tokens of {LONG_SAMPLE}{where}, against those unpruned"
-        found.append(Claim(text, differences(scaled, unpruned), 0.5))
+        text = f"long: {rule}, {num_frames} frames pruned to the tokens of {LONG_SAMPLE}{where}"
+        found.append(Claim(f"{text}, against those unpruned", differences(scaled, unpruned), 0.5))
     return [claim for claim in found if claim.differences]
 
 
