@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
 import torch
-from conversations import Conversation, Conversations, ConversationWriter, frames_to_inputs, pad_left, sampled_frames
+from conversations import (
+    MAX_GAP,
+    Conversation,
+    Conversations,
+    ConversationWriter,
+    frames_to_inputs,
+    pad_left,
+    positions_with_gaps,
+    sampled_frames,
+)
 from model import make_processor, make_tokenizer
 from render import Renderer, lay_out
 from scenes import draw_questions, draw_scene
@@ -99,3 +108,28 @@ def test_easy_batches_have_few_digits(processor):
     assert all(text.count(" appears at second ") <= 2 for text in descriptions)
     later = [batches.writer.processor.decode(ids) for i in range(20, 30) for ids in batches[i]["input_ids"]]
     assert max(text.count(" appears at second ") for text in later) == 4
+
+
+def test_gaps_stand_behind_frames_and_nowhere_else():
+    is_frame_end = torch.zeros(50, 30, dtype=torch.bool)
+    is_frame_end[:, [4, 9, 14]] = True
+    steps = positions_with_gaps(is_frame_end, np.random.default_rng(0)).diff()
+    assert (steps[~is_frame_end[:, :-1]] == 1).all()
+    gaps = steps[is_frame_end[:, :-1]] - 1
+    assert gaps.min() >= 0 and MAX_GAP / 2 < gaps.max() <= MAX_GAP
+    assert len(gaps.unique()) > 50
+
+
+def test_half_of_the_batches_have_gaps_and_are_the_same_otherwise(processor):
+    options = {"frames_per_batch": 64, "prune_ratios": [0.0, 0.5]}
+    without, with_gaps = (Conversations(processor, 40, 0, **options, has_gaps=has_gaps) for has_gaps in (False, True))
+    num_gapped = 0
+    for i in range(40):
+        batch, gapped = without[i], with_gaps[i]
+        assert "position_ids" not in batch
+        assert torch.equal(batch["input_ids"], gapped["input_ids"]) and batch["prune_ratio"] == gapped["prune_ratio"]
+        if "position_ids" in gapped:
+            num_gapped += 1
+            assert gapped["position_ids"].shape == batch["input_ids"].shape
+            assert torch.equal(gapped["position_ids"], with_gaps[i]["position_ids"])
+    assert 10 <= num_gapped <= 30

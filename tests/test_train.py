@@ -8,10 +8,10 @@ from unittest import mock
 import pytest
 import torch
 from conversations import Conversations
-from model import make_processor, make_tokenizer
+from model import make_model, make_processor, make_tokenizer
 from safetensors.torch import load_file
 from torch import nn
-from train import main, make_optimizer
+from train import main, make_optimizer, make_stage
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "moving_digits" / "train.py"
@@ -90,3 +90,12 @@ def test_learning_rates_rise_stay_and_fall_by_part():
     factors = [schedule.lr_lambdas[0](step) for step in range(21)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and set(factors[3:15]) == {1.0}
     assert factors[15:] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
+
+
+def test_only_original_positions_have_gaps():
+    tokenizer = make_tokenizer()
+    options = {"stage": "videos", "steps": 1, "seed": 0, "frames_per_batch": 16, "easy_steps": 0}
+    for rule, has_gaps in (("unpruned", True), ("stts", True), ("stts with compact positions", False)):
+        args = argparse.Namespace(**options, rule=rule)
+        _, batches = make_stage(make_model(tokenizer, 0), make_processor(tokenizer), args)
+        assert batches.has_gaps == has_gaps

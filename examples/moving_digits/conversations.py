@@ -14,6 +14,7 @@ from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_S
 SHARES = {"short": 0.6, "long": 0.25, "detail": 0.15}  # of the batches
 QUESTIONED = 0.8  # share of videos with questions; the others are only described
 LONG_SAMPLE = 64  # frames
+MAX_GAP = 256  # positions; with it 64 frames reach as far as 256 frames do without gaps
 
 
 class Conversation(NamedTuple):
@@ -41,6 +42,7 @@ class Conversations(Dataset):
         prune_ratios (`list[float]`): each batch is pruned by one of them.
         num_easy (`int`, *optional*, defaults to 0): so many batches at first have videos of two digits at most, then
             three.
+        has_gaps (`bool`, *optional*, defaults to `False`): whether half of the batches have `position_ids` with gaps.
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class Conversations(Dataset):
         frames_per_batch: int,
         prune_ratios: list[float],
         num_easy: int = 0,
+        has_gaps: bool = False,
     ):
         self.writer = ConversationWriter(processor)
-        self.num_batches, self.seed, self.num_easy = num_batches, seed, num_easy
+        self.num_batches, self.seed, self.num_easy, self.has_gaps = num_batches, seed, num_easy, has_gaps
         self.frames_per_batch, self.prune_ratios = frames_per_batch, prune_ratios
 
     def __len__(self) -> int:
@@ -67,13 +70,16 @@ class Conversations(Dataset):
         scenes = self._draw_scenes(str(name), max_digits, rng)
         frames = sampled_frames(scenes[0])
         conversations = [self.writer.write(scene, frames, draw_turns(scene, rng)) for scene in scenes]
-        return {
+        batch = {
             "name": str(name),
             "layout": lay_out(scenes, [frames] * len(scenes), "train"),
             "seed": i,
             "prune_ratio": float(rng.choice(self.prune_ratios)),
             **pad_left(conversations, self.writer.pad_token_id, self.writer.image_token_ids),
         }
+        if self.has_gaps and rng.random() < 0.5:
+            batch["position_ids"] = positions_with_gaps(batch["input_ids"] == self.writer.frame_end_id, rng)
+        return batch
 
     def _draw_scenes(self, name: str, max_digits: int, rng: np.random.Generator) -> list[Scene]:
         """As many as a batch holds of the first one's length."""
@@ -179,6 +185,23 @@ def pad_left(
         "mm_token_type_ids": torch.isin(input_ids, torch.tensor(image_token_ids)).long(),
         "labels": labels,
     }
+
+
+def positions_with_gaps(is_frame_end: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """
+    Positions that reach as far as those of a longer video: behind every frame some are left out, how many is drawn, up
+    to a number that is drawn for each video.
+
+    Args:
+        is_frame_end (`torch.Tensor` of shape `(batch_size, length)`, bool): the last token of each frame.
+        rng (`np.random.Generator`): draws the gaps, from 0 to `MAX_GAP`.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, length)`, int64.
+    """
+    widest = rng.integers(MAX_GAP + 1, size=(len(is_frame_end), 1))
+    gaps = is_frame_end * torch.from_numpy(rng.integers(widest + 1, size=is_frame_end.shape))
+    return torch.arange(is_frame_end.shape[1]) + gaps.cumsum(-1) - gaps
 
 
 def render_inputs(layout: Layout, renderer: Renderer, seed: int) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ ABLATIONS = ("stts with compact positions", "stts without rescaling")  # with th
 VIDEOS = ("--num-videos", "250", "150", "250")
 PICTURES = ("--stage", "pictures", "--steps", "2400", "--frames-per-batch", "256", "--workers", "12")
 BASE = ("--rule", "unpruned", "--steps", "4800", "--easy-steps", "1000", "--vision-learning-rate", "3e-4")
-RULE = ("--steps", "800", "--frames-per-batch", "192", "--learning-rate", "3e-4", "--vision-learning-rate", "1e-4")
+RULE = ("--steps", "1600", "--frames-per-batch", "192", "--learning-rate", "3e-4", "--vision-learning-rate", "1e-4")
 SIDE_BY_SIDE = 6  # jobs on a GPU: one alone leaves most of a large one idle
 TAIL = 2000  # characters of a failed job's log that are shown
 

@@ -1,9 +1,9 @@
 """Trains the small model on one GPU, in slices that resume exactly; frames are rendered as they are needed.
 
-    python examples/moving_digits/train.py PICTURES --stage pictures --steps 1800 --frames-per-batch 256
-    python examples/moving_digits/train.py BASE --init PICTURES/final --rule unpruned --steps 5000 --easy-steps 2000
-    python examples/moving_digits/train.py STTS --init BASE/final --rule stts --steps 2000
-    python examples/moving_digits/train.py STTS --init BASE/final --rule stts --steps 2000 --minutes 9   # a slice
+    python examples/moving_digits/train.py PICTURES --stage pictures --steps 2400 --frames-per-batch 256
+    python examples/moving_digits/train.py BASE --init PICTURES/final --rule unpruned --steps 4800 --easy-steps 1000
+    python examples/moving_digits/train.py STTS --init BASE/final --rule stts --steps 1600
+    python examples/moving_digits/train.py STTS --init BASE/final --rule stts --steps 1600 --minutes 9   # a slice
 
 OUT/final holds the trained model as `save_pretrained` writes it. Checkpoints stand beside it, and a training that was
 stopped goes on from the last one when the same command is given again: batch `i` depends on the seed and on `i` alone,
@@ -144,6 +144,7 @@ def make_stage(
         frames_per_batch=args.frames_per_batch,
         prune_ratios=prune_ratios,
         num_easy=args.easy_steps,
+        has_gaps=model.config.stts_config.position_ids == "original",
     )
 
 
@@ -190,14 +191,14 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, default=STAGES[0], help="what is learned")
     parser.add_argument("--rule", choices=RULES, default="stts", help="how windows are chosen")
     parser.add_argument("--init", type=Path, help="folder of a model to begin with; random weights if not given")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--easy-steps", type=int, default=0, help="at first, in which videos have few digits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; the same command goes on later")
     parser.add_argument("--frames-per-batch", type=int, default=384)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--vision-learning-rate", type=float, default=1e-3, help="of the ViT and the connector")
-    parser.add_argument("--scorer-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--scorer-learning-rate", type=float, default=1e-4)
     parser.add_argument("--warm-up-steps", type=int, default=200)
     parser.add_argument("--save-steps", type=int, default=500)
     parser.add_argument("--workers", type=int, default=4, help="processes that draw scenes and write conversations")
