@@ -72,11 +72,23 @@ def test_claims_by_hand():
     assert not any("similarity" in text or "256" in text for text in found)
 
 
+def test_all_sets_count_equally():
+    of_sets = [row("stts", 0.5, right, name=name) for name, right in {"short": 70, "long": 80, "detail": 60}.items()]
+    of_sets += [row("unpruned", 0.0, 80, name=name) for name in ("short", "long", "detail")]
+    assert Results(of_sets).mean_accuracy("stts", 0.5).by_seed == {0: 70}
+    found = {claim.text: claim.differences for claim in claims(Results(of_sets))}
+    assert found["all sets: 50 % pruned against unpruned"] == [-10]
+    # A seed that one set has not been measured with does not count.
+    of_sets.append(row("stts", 0.5, 10, seed=1))
+    assert Results(of_sets).mean_accuracy("stts", 0.5).by_seed == {0: 70}
+    assert Results(of_sets[1:]).mean_accuracy("stts", 0.5) is None
+
+
 @pytest.mark.parametrize(
     ("differences", "words"),
     [
-        ([-1.5, -1.5, -1.5], "-1.50 points (not as claimed: at least +0.9)"),
-        ([0, 0.9, 1.8], "+0.90 points (as claimed: at least +0.9)"),
+        ([-1.5, -1.5, -1.5], "-1.50 ± 0.00 points (not as claimed: at least +0.9)"),
+        ([0, 0.9, 1.8], "+0.90 ± 0.90 points (as claimed: at least +0.9)"),
         ([2.0], "+2.00 points (as claimed, but of 1 seeds only: at least +0.9)"),
     ],
 )
@@ -108,7 +120,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert "| detail | 0% |" in printed
     kept = "long, 80 % pruned: 10 % of all windows touch a digit; of those kept by stts 40 %, random 40 %."
     assert kept in printed
-    assert Image.open(tmp_path / "plot.png").size == (1300, 400)
+    assert Image.open(tmp_path / "plot.png").size == (1300, 500)
 
 
 def test_a_missing_file_is_named(tmp_path, monkeypatch):

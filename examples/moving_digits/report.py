@@ -3,7 +3,8 @@
     python examples/moving_digits/report.py RESULTS.json [RESULTS.json ...] --plot accuracy.png
 
 Accuracy is in percent: the mean over seeds, and the standard deviation between them. It is the mean of the kinds of
-questions of a set, so that a kind that is asked more often does not count more.
+questions of a set, so that a kind that is asked more often does not count more. A difference is that of each seed that
+both have, in points.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from scenes import SETS
 
 
 UNPRUNED = "unpruned"
+ALL_SETS = "all sets"
 LEAST_SEEDS = 3  # for a verdict
 
 
@@ -38,9 +40,13 @@ class Accuracy(NamedTuple):
     def mean(self) -> float:
         return statistics.mean(self.by_seed.values())
 
+    @property
+    def spread(self) -> float:
+        """Standard deviation between seeds; 0 of a single one."""
+        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else 0.0
+
     def __str__(self) -> str:
-        spread = f" ± {statistics.stdev(self.by_seed.values()):.1f}" if len(self.by_seed) > 1 else ""
-        return f"{self.mean:.1f}{spread}"
+        return f"{self.mean:.1f} ± {self.spread:.1f}" if len(self.by_seed) > 1 else f"{self.mean:.1f}"
 
 
 class Results:
@@ -92,6 +98,15 @@ class Results:
             chances.append(100 * statistics.mean(chance / total for _, total, chance in counts))
         return Accuracy(by_seed, chances[0]) if by_seed else None
 
+    def mean_accuracy(self, rule: str, ratio: float) -> Accuracy | None:
+        """The mean of the three sets, for each seed that all have; `None` where one was not measured."""
+        found = [self.accuracy(rule, name, ratio) for name in SETS]
+        if None in found:
+            return None
+        seeds = sorted(set.intersection(*(set(accuracy.by_seed) for accuracy in found)))
+        by_seed = {seed: statistics.mean(accuracy.by_seed[seed] for accuracy in found) for seed in seeds}
+        return Accuracy(by_seed, statistics.mean(accuracy.chance for accuracy in found)) if by_seed else None
+
     def chance(self, name: str) -> float:
         """Percent of right answers that guessing gives on a set."""
         measured = (self.accuracy(rule, name, ratio) for rule in self.rules() for ratio in self.ratios())
@@ -122,7 +137,8 @@ class Claim(NamedTuple):
         verdict = "as claimed" if value >= self.at_least else "not as claimed"
         if len(self.differences) < LEAST_SEEDS:
             verdict += f", but of {len(self.differences)} seeds only"
-        return f"- {self.text}: {value:+.2f} points ({verdict}: at least {self.at_least:+.1f})"
+        spread = f" ± {statistics.stdev(self.differences):.2f}" if len(self.differences) > 1 else ""
+        return f"- {self.text}: {value:+.2f}{spread} points ({verdict}: at least {self.at_least:+.1f})"
 
 
 def differences(better: Accuracy | None, worse: Accuracy | None) -> list[float]:
@@ -136,16 +152,19 @@ def differences(better: Accuracy | None, worse: Accuracy | None) -> list[float]:
 def claims(results: Results) -> list[Claim]:
     """The paper's claims, and test-time scaling of every rule, as far as they were measured."""
     found = []
-    for name in SETS:
-        unpruned = results.accuracy(UNPRUNED, name, 0.0)
-        pairs = [("50 % pruned against unpruned", 0.5, unpruned, -0.7)]
+    for name in (ALL_SETS, *SETS):
+
+        def accuracy(rule: str, ratio: float, name: str = name) -> Accuracy | None:
+            return results.mean_accuracy(rule, ratio) if name == ALL_SETS else results.accuracy(rule, name, ratio)
+
+        pairs = [("50 % pruned against unpruned", 0.5, accuracy(UNPRUNED, 0.0), -0.7)]
         for rule in ("random", "similarity", "frame pairs", "uniform stride"):
             if rule == "random":
-                pairs.append((f"STTS against {rule} at 50 %", 0.5, results.accuracy(rule, name, 0.5), 0.9))
+                pairs.append((f"STTS against {rule} at 50 %", 0.5, accuracy(rule, 0.5), 0.9))
             least = 2.3 if rule == "random" else 0.0
-            pairs.append((f"STTS against {rule} at 80 %", 0.8, results.accuracy(rule, name, 0.8), least))
+            pairs.append((f"STTS against {rule} at 80 %", 0.8, accuracy(rule, 0.8), least))
         for text, ratio, other, least in pairs:
-            found.append(Claim(f"{name}: {text}", differences(results.accuracy("stts", name, ratio), other), least))
+            found.append(Claim(f"{name}: {text}", differences(accuracy("stts", ratio), other), least))
     unpruned = results.accuracy(UNPRUNED, "long", 0.0)
     positions = {"": {}, " at compact positions": {"position_ids": "compact"}}
     for num_frames, rule, (where, changes) in product(MORE_FRAMES, results.rules(), positions.items()):
@@ -166,19 +185,20 @@ def table(results: Results, name: str) -> str:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Accuracy against the prune ratio, a panel for each set."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    """Accuracy against the prune ratio, with the spread of the seeds, a panel for each set."""
+    figure = Figure(figsize=(13, 5), layout="constrained")
     panels = figure.subplots(1, len(SETS), sharey=True)
     for panel, name in zip(panels, SETS):
         for rule in results.rules():
-            points = [(ratio, results.accuracy(rule, name, ratio)) for ratio in results.ratios()]
-            points = [(100 * ratio, accuracy.mean) for ratio, accuracy in points if accuracy is not None]
-            style = {"linewidth": 3} if rule == "stts" else {"linewidth": 1}
-            panel.plot(*zip(*points), marker="o", label=rule, **style)
+            found = [(100 * ratio, results.accuracy(rule, name, ratio)) for ratio in results.ratios()]
+            ratios, accuracies = zip(*((ratio, accuracy) for ratio, accuracy in found if accuracy is not None))
+            means, spreads = zip(*((accuracy.mean, accuracy.spread) for accuracy in accuracies))
+            style = {"linewidth": 3, "zorder": 3} if rule == "stts" else {"linewidth": 1}
+            panel.errorbar(ratios, means, spreads, marker="o", capsize=3, label=rule, **style)
         panel.axhline(results.chance(name), color="black", linewidth=1, linestyle=":", label="chance")
         panel.set(title=f"{name} videos", xlabel="pruned, percent")
     panels[0].set_ylabel("right answers, percent")
-    panels[-1].legend(fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=100)
 
 
