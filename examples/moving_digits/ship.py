@@ -27,8 +27,8 @@ RULE, SEED = "stts", 1
 REPO_ID, LICENSE = "modeling-stts/moving-digits", "apache-2.0"
 MAX_SHARD_SIZE = "14MB"  # what many hosts of git repositories take without a word
 MEASURED = {
-    "hardware": "two NVIDIA H100 80GB HBM3, bfloat16, torch 2.11, transformers 5.24.0",
-    "date": "2026-11-24",
+    "hardware": "four NVIDIA H200, bfloat16, torch 2.11, transformers 5.24.0",
+    "date": "2026-11-26",
     "command": "python examples/moving_digits/reproduce.py out",
 }
 
