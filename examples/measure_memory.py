@@ -13,6 +13,7 @@ with a mask, which is saved too: figures of different ratios above 0 compare the
 
 import argparse
 import gc
+import weakref
 
 import torch
 import transformers
@@ -69,20 +70,31 @@ def make_batch(num_frames: int, config: Molmo2SttsConfig, device: str) -> dict[s
     }
 
 
+class Saved:
+    """A tensor that the forward pass keeps. It lives as long as the graph needs it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     """Counts what the forward pass keeps for the backward pass, weights left out, each memory once."""
 
     def __init__(self, model: nn.Module):
-        super().__init__(self._pack, lambda tensor: tensor)
-        self.seen = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-        self.total = 0
+        super().__init__(self._pack, lambda saved: saved.tensor)
+        self.weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        self.saved = weakref.WeakSet()
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        memory = tensor.untyped_storage()
-        if memory.data_ptr() not in self.seen:
-            self.seen.add(memory.data_ptr())
-            self.total += memory.nbytes()
-        return tensor
+    def _pack(self, tensor: torch.Tensor) -> Saved:
+        saved = Saved(tensor)
+        self.saved.add(saved)
+        return saved
+
+    def total(self) -> int:
+        """Bytes that are kept now."""
+        memories = (saved.tensor.untyped_storage() for saved in self.saved)
+        sizes = {memory.data_ptr(): memory.nbytes() for memory in memories}
+        return sum(size for pointer, size in sizes.items() if pointer not in self.weights)
 
 
 def training_loss(model: nn.Module, batch: dict, ratio: float) -> torch.Tensor:
@@ -111,10 +123,11 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, 
     saved = SavedBytes(model)
     with saved:
         loss = training_loss(model, batch, ratio)
+    num_bytes = saved.total()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    return saved.total
+    return num_bytes
 
 
 def measure(

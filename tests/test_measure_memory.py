@@ -4,7 +4,8 @@ import measure_memory
 import pytest
 import torch
 from finetuning.collator import Collator
-from measure_memory import build, main, make_batch, measure
+from measure_memory import SavedBytes, build, main, make_batch, measure
+from torch import nn
 from training_inputs import encode_rows, small_config, turns, write_rows, write_still
 
 
@@ -16,6 +17,18 @@ def test_what_is_saved_for_the_backward_pass_falls_with_the_ratio(mode):
     batch = make_batch(8, config, "cpu")
     saved = [measure(model, optimizer, batch, ratio)[0] for ratio in (0.3, 0.5, 0.8)]
     assert saved[0] > saved[1] > saved[2] > 0
+
+
+def test_only_what_is_kept_counts_and_once():
+    model, x = nn.Linear(100, 100), torch.ones(100, 100)
+    saved = SavedBytes(model)
+    with saved:
+        hidden = model(x)  # keeps x
+        (hidden + 1).sin()  # keeps the sum as long as its own result lives, which is not at all
+        total = hidden * hidden  # keeps one memory twice
+    assert saved.total() == 2 * 100 * 100 * 4
+    del hidden, total
+    assert saved.total() == 0
 
 
 def test_checkpointing_saves_memory():
