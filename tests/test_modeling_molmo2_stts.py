@@ -194,9 +194,11 @@ def assert_same(ours, expected):
     assert all(map(torch.equal, video.keep_masks, expected_video.keep_masks))
     for name in ("scores", "pooler_output", "temporal_loss"):
         torch.testing.assert_close(getattr(video, name), getattr(expected_video, name), atol=1e-4, rtol=1e-4)
+    largest = max(gradient.abs().max().item() for gradient in expected_gradients if gradient is not None)
     for mine, other in zip(gradients, expected_gradients):
-        # Sums over all patches in another order: rounding follows the largest element.
-        atol = None if other is None else 1e-4 * other.abs().max().item() + 5e-6
+        # Sums over all patches in another order: rounding follows the largest element. The gradient of a bias of keys
+        # is 0; what there is of it is rounding, and follows the other gradients.
+        atol = None if other is None else 1e-4 * other.abs().max().item() + 1e-7 * largest
         torch.testing.assert_close(mine, other, atol=atol, rtol=None if other is None else 1e-3)
 
 
