@@ -3,7 +3,7 @@ import sys
 
 import pytest
 from PIL import Image
-from report import Claim, Results, changed_settings, claims, main, report, table
+from report import Claim, Results, changed_settings, claims, kinds_table, main, report, table
 
 
 def row(rule, ratio, right, *, seed=0, name="short", num_frames=64, **changes):
@@ -44,6 +44,18 @@ def test_a_table_by_hand():
         "| stts | 80.0 ± 0.0 | 79.0 ± 0.0 | 70.0 ± 0.0 |",
         "| random | 80.0 ± 0.0 | 60.0 ± 0.0 | 69.0 ± 0.0 |",
         "| chance | 30.0 | | |",
+    ]
+
+
+def test_kinds_by_hand():
+    better = row("stts", 0.5, 80, seed=1)
+    better["questions"]["order"] = [90, 100, 50.0]
+    results = Results([row("unpruned", 0.0, 70), row("stts", 0.5, 70), better, row("random", 0.5, 10)])
+    assert kinds_table(results, "short").splitlines() == [
+        "| short, by kind | guessing | unpruned 0% | stts 50% |",
+        "|---|---|---|---|",
+        "| digit (100) | 10.0 | 70.0 | 75.0 |",
+        "| order (100) | 50.0 | 70.0 | 80.0 |",
     ]
 
 

@@ -184,6 +184,22 @@ def table(results: Results, name: str) -> str:
     return "\n".join([*lines, f"| chance | {results.chance(name):.1f} |" + " |" * (len(ratios) - 1)])
 
 
+def kinds_table(results: Results, name: str) -> str:
+    """The kinds of questions of one set as a Markdown table: what guessing gives, and what STTS does."""
+    columns = [(UNPRUNED, 0.0), *(("stts", ratio) for ratio in results.ratios())]
+    found = {f"{rule} {ratio:.0%}": results.find(rule, name, ratio) for rule, ratio in columns}
+    found = {title: rows for title, rows in found.items() if rows}
+    lines = [f"| {name}, by kind | guessing | " + " | ".join(found) + " |", "|---" * (len(found) + 2) + "|"]
+    for kind, (_, total, chance) in next(iter(found.values()))[0]["questions"].items():
+        cells = [100 * chance / total]
+        for rows in found.values():
+            cells.append(
+                statistics.mean(100 * right / asked for right, asked, _ in (row["questions"][kind] for row in rows))
+            )
+        lines.append(f"| {kind} ({total}) | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
 def plot(results: Results, path: Path) -> None:
     """Accuracy against the prune ratio, with the spread of the seeds, a panel for each set."""
     figure = Figure(figsize=(13, 5), layout="constrained")
@@ -224,6 +240,8 @@ def report(results: Results) -> Iterable[str]:
     """The report as paragraphs of Markdown."""
     for name in SETS:
         yield table(results, name)
+    for name in SETS:
+        yield kinds_table(results, name)
     yield "\n".join(map(str, claims(results)))
     if lines := changed_settings(results):
         yield "\n".join(lines)
