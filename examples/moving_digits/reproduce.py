@@ -3,9 +3,13 @@
     python examples/moving_digits/reproduce.py OUT                 # all of it
     python examples/moving_digits/reproduce.py OUT --minutes 9     # a slice; the same command goes on where it ended
 
-All rules start from one base and see the same batches of a seed. Several jobs share a GPU. Each leaves a log in
-OUT/logs, and is not done again once it is finished. In the end `report.py OUT/results/*.json` has the table, and
-OUT/stts-1/final is the model that ships.
+Data are drawn from scikit-learn's digits and the photographs of scikit-learn and scikit-image: for pictures and the
+base from seed 0, for the rules from seeds 1 to 3. All rules start from one base and see the same batches of a seed.
+Several jobs share a GPU. Each leaves a log in OUT/logs, and is not done again once it is finished. In the end
+`report.py OUT/results/*.json` has the table, and OUT/stts-1/final is the model that ships.
+
+On four H200 (2026-11-26) the jobs take 222 seconds (pictures), 419 (base) and 228 (a rule, six on each GPU), so the
+model that ships takes 15 minutes of one.
 """
 
 import argparse
