@@ -1,15 +1,18 @@
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from benchmark import QUESTIONS_FILE, build_benchmark, main, read_benchmark
+from benchmark import QUESTIONS_FILE, build_benchmark, read_benchmark
 from render import Renderer, lay_out
 
 from modeling_stts.stts_video import read_video
 
 
+SCRIPT = Path(__file__).parents[1] / "examples" / "moving_digits" / "benchmark.py"
 NUM_VIDEOS = {"short": 2, "long": 1, "detail": 2}
 
 
@@ -81,12 +84,13 @@ def test_a_missing_file_is_named(folder, tmp_path):
         read_benchmark(tmp_path)
 
 
-def test_the_command_line(tmp_path, monkeypatch, capsys):
-    args = [str(tmp_path / "videos"), "--num-videos", "1", "0", "1", "--workers", "1"]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *args])
-    main()
-    assert "2 videos" in capsys.readouterr().out
+def test_the_command_line(tmp_path):
+    command = [sys.executable, SCRIPT, tmp_path / "videos", "--num-videos", "1", "0", "1", "--workers", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "2 videos" in result.stdout
     line = json.loads((tmp_path / "videos" / QUESTIONS_FILE).read_text().splitlines()[0])
     assert line["video"] == "short-0.mp4" and line["questions"][0].keys() == {"kind", "text", "answer", "num_choices"}
-    with pytest.raises(SystemExit, match="^error: .*exists"):
-        main()
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ") and "exists" in result.stderr and result.stderr.count("\n") == 1

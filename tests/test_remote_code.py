@@ -68,11 +68,17 @@ def ask(folder):
             for video in (clip, file, file.read())
         ]
     pipe.model.config.to_json_string()
+    frames = torch.zeros(6, 54, 54, 3, dtype=torch.uint8).numpy()
+    chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What happens?"}]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    still = processor(text=text, videos=[frames], do_sample_frames=False, return_tensors="pt")
+    tokens = model.generate(**still, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     return {
         "length": length,
         "answers": answers,
         "classes": classes,
         "texts": texts,
+        "from_frames": tokens.shape[1] - still["input_ids"].shape[1],
         "module": type(model).__module__.split(".")[0],
         "bias": model.model.vision_tower.scorer.mlp.fc3.bias.item(),
         "problems": [*map(sorted, map(info.get, info))],
@@ -103,6 +109,7 @@ def test_loads_from_a_hub_folder_in_a_fresh_process(tiny_folder, clip, tmp_path)
     ]
     # The processor and its video processor come from two copies of the folder's code.
     assert len(answer["texts"]) == 3 and len(set(answer["texts"])) == 1
+    assert answer["from_frames"] == 3
 
 
 TUNE = """
