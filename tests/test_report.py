@@ -4,6 +4,7 @@ import sys
 import pytest
 from PIL import Image
 from report import Claim, Results, changed_settings, claims, kinds_table, main, report, table
+from scenes import SETS
 
 
 def row(rule, ratio, right, *, seed=0, name="short", num_frames=64, **changes):
@@ -59,6 +60,11 @@ def test_kinds_by_hand():
     ]
 
 
+def test_a_rule_alone_has_a_report():
+    paragraphs = list(report(Results([row("random", 0.5, 40, name=name) for name in SETS])))
+    assert "| short, by kind | guessing |\n|---|---|\n| digit (100) | 10.0 |\n| order (100) | 50.0 |" in paragraphs
+
+
 def test_a_model_that_only_guesses_shows_nothing():
     right = {"short": 30, "long": 80, "detail": 31}
     results = Results([row("unpruned", 0.0, count, name=name) for name, count in right.items()])
@@ -87,13 +93,13 @@ def test_claims_by_hand():
 def test_all_sets_count_equally():
     of_sets = [row("stts", 0.5, right, name=name) for name, right in {"short": 70, "long": 80, "detail": 60}.items()]
     of_sets += [row("unpruned", 0.0, 80, name=name) for name in ("short", "long", "detail")]
-    assert Results(of_sets).mean_accuracy("stts", 0.5).by_seed == {0: 70}
+    assert Results(of_sets).mean_accuracy("stts", SETS, 0.5).by_seed == {0: 70}
     found = {claim.text: claim.differences for claim in claims(Results(of_sets))}
     assert found["all sets: 50 % pruned against unpruned"] == [-10]
     # A seed that one set has not been measured with does not count.
     of_sets.append(row("stts", 0.5, 10, seed=1))
-    assert Results(of_sets).mean_accuracy("stts", 0.5).by_seed == {0: 70}
-    assert Results(of_sets[1:]).mean_accuracy("stts", 0.5) is None
+    assert Results(of_sets).mean_accuracy("stts", SETS, 0.5).by_seed == {0: 70}
+    assert Results(of_sets[1:]).mean_accuracy("stts", SETS, 0.5) is None
 
 
 @pytest.mark.parametrize(

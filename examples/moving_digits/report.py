@@ -27,6 +27,17 @@ ALL_SETS = "all sets"
 LEAST_SEEDS = 3  # for a verdict
 
 
+def spread(values: list[float]) -> float:
+    """Standard deviation; 0 of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def with_spread(values: list[float], form: str) -> str:
+    """Mean and, of several values, standard deviation; `form` is how the mean is written, such as `"+.2f"`."""
+    mean = f"{statistics.mean(values):{form}}"
+    return f"{mean} ± {spread(values):{form.lstrip('+')}}" if len(values) > 1 else mean
+
+
 class Accuracy(NamedTuple):
     """
     by_seed (`dict[int, float]`): percent of right answers for each seed of the training.
@@ -42,11 +53,10 @@ class Accuracy(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """Standard deviation between seeds; 0 of a single one."""
-        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else 0.0
+        return spread(list(self.by_seed.values()))
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.spread:.1f}" if len(self.by_seed) > 1 else f"{self.mean:.1f}"
+        return with_spread(list(self.by_seed.values()), ".1f")
 
 
 class Results:
@@ -98,9 +108,9 @@ class Results:
             chances.append(100 * statistics.mean(chance / total for _, total, chance in counts))
         return Accuracy(by_seed, chances[0]) if by_seed else None
 
-    def mean_accuracy(self, rule: str, ratio: float) -> Accuracy | None:
-        """The mean of the three sets, for each seed that all have; `None` where one was not measured."""
-        found = [self.accuracy(rule, name, ratio) for name in SETS]
+    def mean_accuracy(self, rule: str, names: Iterable[str], ratio: float) -> Accuracy | None:
+        """The mean of some sets, for each seed that all of them have; `None` where one was not measured."""
+        found = [self.accuracy(rule, name, ratio) for name in names]
         if None in found:
             return None
         seeds = sorted(set.intersection(*(set(accuracy.by_seed) for accuracy in found)))
@@ -137,8 +147,8 @@ class Claim(NamedTuple):
         verdict = "as claimed" if value >= self.at_least else "not as claimed"
         if len(self.differences) < LEAST_SEEDS:
             verdict += f", but of {len(self.differences)} seeds only"
-        spread = f" ± {statistics.stdev(self.differences):.2f}" if len(self.differences) > 1 else ""
-        return f"- {self.text}: {value:+.2f}{spread} points ({verdict}: at least {self.at_least:+.1f})"
+        points = with_spread(self.differences, "+.2f")
+        return f"- {self.text}: {points} points ({verdict}: at least {self.at_least:+.1f})"
 
 
 def differences(better: Accuracy | None, worse: Accuracy | None) -> list[float]:
@@ -152,19 +162,16 @@ def differences(better: Accuracy | None, worse: Accuracy | None) -> list[float]:
 def claims(results: Results) -> list[Claim]:
     """The paper's claims, and test-time scaling of every rule, as far as they were measured."""
     found = []
-    for name in (ALL_SETS, *SETS):
-
-        def accuracy(rule: str, ratio: float, name: str = name) -> Accuracy | None:
-            return results.mean_accuracy(rule, ratio) if name == ALL_SETS else results.accuracy(rule, name, ratio)
-
-        pairs = [("50 % pruned against unpruned", 0.5, accuracy(UNPRUNED, 0.0), -0.7)]
+    for title, names in {ALL_SETS: SETS, **{name: (name,) for name in SETS}}.items():
+        pairs = [("50 % pruned against unpruned", 0.5, results.mean_accuracy(UNPRUNED, names, 0.0), -0.7)]
         for rule in ("random", "similarity", "frame pairs", "uniform stride"):
             if rule == "random":
-                pairs.append((f"STTS against {rule} at 50 %", 0.5, accuracy(rule, 0.5), 0.9))
+                pairs.append((f"STTS against {rule} at 50 %", 0.5, results.mean_accuracy(rule, names, 0.5), 0.9))
             least = 2.3 if rule == "random" else 0.0
-            pairs.append((f"STTS against {rule} at 80 %", 0.8, accuracy(rule, 0.8), least))
+            pairs.append((f"STTS against {rule} at 80 %", 0.8, results.mean_accuracy(rule, names, 0.8), least))
         for text, ratio, other, least in pairs:
-            found.append(Claim(f"{name}: {text}", differences(accuracy("stts", ratio), other), least))
+            stts = results.mean_accuracy("stts", names, ratio)
+            found.append(Claim(f"{title}: {text}", differences(stts, other), least))
     unpruned = results.accuracy(UNPRUNED, "long", 0.0)
     positions = {"": {}, " at compact positions": {"position_ids": "compact"}}
     for num_frames, rule, (where, changes) in product(MORE_FRAMES, results.rules(), positions.items()):
@@ -186,16 +193,16 @@ def table(results: Results, name: str) -> str:
 
 def kinds_table(results: Results, name: str) -> str:
     """The kinds of questions of one set as a Markdown table: what guessing gives, and what STTS does."""
-    columns = [(UNPRUNED, 0.0), *(("stts", ratio) for ratio in results.ratios())]
-    found = {f"{rule} {ratio:.0%}": results.find(rule, name, ratio) for rule, ratio in columns}
-    found = {title: rows for title, rows in found.items() if rows}
-    lines = [f"| {name}, by kind | guessing | " + " | ".join(found) + " |", "|---" * (len(found) + 2) + "|"]
-    for kind, (_, total, chance) in next(iter(found.values()))[0]["questions"].items():
+    settings = [(UNPRUNED, 0.0), *(("stts", ratio) for ratio in results.ratios())]
+    measured = {f"{rule} {ratio:.0%}": rows for rule, ratio in settings if (rows := results.find(rule, name, ratio))}
+    header = [f"{name}, by kind", "guessing", *measured]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    any_row = next(row for row in results.rows if row["set"] == name)
+    for kind, (_, total, chance) in any_row["questions"].items():
         cells = [100 * chance / total]
-        for rows in found.values():
-            cells.append(
-                statistics.mean(100 * right / asked for right, asked, _ in (row["questions"][kind] for row in rows))
-            )
+        for rows in measured.values():
+            counts = [row["questions"][kind] for row in rows]
+            cells.append(statistics.mean(100 * right / asked for right, asked, _ in counts))
         lines.append(f"| {kind} ({total}) | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
     return "\n".join(lines)
 
