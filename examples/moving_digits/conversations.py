@@ -14,6 +14,7 @@ from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_S
 SHARES = {"short": 0.6, "long": 0.25, "detail": 0.15}  # of the batches
 QUESTIONED = 0.8  # share of videos with questions; the others are only described
 LONG_SAMPLE = 64  # frames
+GAPPED = 0.5  # share of the batches with gaps in positions, where there are any
 MAX_GAP = 256  # positions; with it 64 frames reach as far as 256 frames do without gaps
 
 
@@ -77,7 +78,7 @@ class Conversations(Dataset):
             "prune_ratio": float(rng.choice(self.prune_ratios)),
             **pad_left(conversations, self.writer.pad_token_id, self.writer.image_token_ids),
         }
-        if self.has_gaps and rng.random() < 0.5:
+        if self.has_gaps and rng.random() < GAPPED:
             batch["position_ids"] = positions_with_gaps(batch["input_ids"] == self.writer.frame_end_id, rng)
         return batch
 
